@@ -1,0 +1,435 @@
+"""The command line: words in, dataclasses down, lines out.
+
+Nothing here imports NumPy before a command needs it, so `--help` answers at once.  Exit status: 0 done, 1 an
+error (one line on stderr), 2 a command line that cannot be read, 130 interrupted; `verify` gives 1 for
+"does not agree".
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from llmc import __version__, display
+from llmc.errors import ConfigError, LlmcError
+
+if TYPE_CHECKING:
+    from llmc.datasets import Prepared
+
+STORIES_FOLDER = "runs/stories"  # where the recipe `stories` leaves its model
+
+
+# ---- options ---------------------------------------------------------------------------------------
+
+
+class Option(NamedTuple):
+    """An option of `train`: its name is a field of TrainConfig, its short form llm.c's."""
+
+    field: str
+    short: str
+    kind: type
+    metavar: str
+    help: str
+    choices: tuple[Any, ...] = ()
+
+
+MODEL_AND_DATA = (
+    Option("init", "e", str, "MODEL", "model .bin, Hugging Face folder or name, preset, d12 (stories)"),
+    Option("train_data", "i", str, "FILES", "token files to train on: a name or a quoted pattern"),
+    Option("val_data", "j", str, "FILES", "token files to validate on"),
+    Option("shuffle", "", int, "0|1", "take the training data in an order drawn from the seed (0)", (0, 1)),
+    Option("out", "o", str, "DIR", "folder for the model, run.toml and metrics.jsonl (nothing is written)"),
+)
+BATCHES = (
+    Option("batch_size", "b", int, "N", "sequences per forward pass (4)"),
+    Option("sequence_length", "t", int, "N", "tokens per sequence (64)"),
+    Option("total_batch", "d", int, "N", "tokens per update, by accumulation; 0: batch size times sequence length (0)"),
+    Option("steps", "x", int, "N", "updates; -1: once through the training data (100)"),
+    Option("overfit", "a", int, "0|1", "the first batch again and again (0)", (0, 1)),
+)
+OPTIMISER = (
+    Option("lr", "l", float, "X", "largest learning rate (0.0003)"),
+    Option("schedule", "k", str, "NAME", "constant, cosine, linear or wsd (constant)"),
+    Option("warmup", "u", int, "N", "updates over which the learning rate rises (0)"),
+    Option("final_lr_fraction", "q", float, "X", "of lr, where the schedule ends (0.0)"),
+    Option("weight_decay", "c", float, "X", "on matrices alone (0.0)"),
+    Option("grad_clip", "", float, "X", "largest norm of the gradient; 0: off (1.0)"),
+    Option("beta1", "", float, "X", "AdamW's (0.9)"),
+    Option("beta2", "", float, "X", "AdamW's (0.95)"),
+    Option("eps", "", float, "X", "AdamW's (1e-08)"),
+)
+WATCHING = (
+    Option("val_every", "v", int, "N", "updates between validations; 0: never (20)"),
+    Option("val_batches", "m", int, "N", "batches per validation (20)"),
+    Option("sample_every", "s", int, "N", "updates between samples; 0: never (20)"),
+    Option("sample_length", "g", int, "N", "tokens per sample (64)"),
+)
+MACHINE = (
+    Option("dtype", "", str, "NAME", "fp32, the only one in this version (fp32)"),
+    Option("device", "", str, "NAME", "cpu, the only one in this version (cpu)"),
+    Option("threads", "", int, "N", "0: OMP_NUM_THREADS, else the physical cores (0)"),
+    Option("isa", "", str, "NAME", "scalar, avx2, avx512 or neon (LLMC_ISA, else the best here)"),
+    Option("seed", "", int, "N", "of initial weights, samples and shuffling (0)"),
+)
+TRAIN_OPTIONS = (
+    ("model and data", MODEL_AND_DATA),
+    ("batches", BATCHES),
+    ("optimiser", OPTIMISER),
+    ("watching it", WATCHING),
+    ("machine", MACHINE),
+)
+
+TRAIN_HELP = """\
+Train a GPT-2.  With no options at all it trains a small one on stories that the package writes itself,
+in about two minutes, and leaves it in runs/stories.
+
+Options come from the command line, else from --config, else from the defaults in brackets.  The embedded
+stories (no --config, no --train-data, and the model `stories`) start from the recipe of that name instead.
+An interval of N means: whenever the number of updates done is a multiple of N."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = argparse.ArgumentParser(
+        prog="llmc", description="Train language models without PyTorch.", allow_abbrev=False
+    )
+    top.add_argument("--version", action="version", version=f"llmc {__version__}")
+    top.add_argument("--debug", action="store_true", help="show where an error came from")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def command(name: str, run: Callable[..., int], summary: str, about: str = "") -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name, help=summary, description=about or summary[0].upper() + summary[1:] + ".", allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        sub.set_defaults(run=run)
+        sub.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help="show where an error came from"
+        )
+        return sub
+
+    train = command("train", _train, "train a model", TRAIN_HELP)
+    train.add_argument("--config", metavar="NAME|FILE", help="a recipe's name or a TOML file of these options")
+    for title, options in TRAIN_OPTIONS:
+        _add_options(train.add_argument_group(title), options)
+
+    sample = command("sample", _sample, "let a model write")
+    sample.add_argument(
+        "--model", "-e", metavar="MODEL", default=STORIES_FOLDER,
+        help=f"model .bin, Hugging Face folder or name, preset ({STORIES_FOLDER}, which `llmc train` writes)",
+    )  # fmt: skip
+    sample.add_argument("--prompt", "-p", default="", metavar="TEXT", help="text to continue (none)")
+    sample.add_argument(
+        "--max-new-tokens", "-n", type=int, default=256, metavar="N",
+        help="at most so many, fewer where the text ends (256)",
+    )  # fmt: skip
+    sample.add_argument(
+        "--temperature", type=float, default=1.0, metavar="X", help="0: always the likeliest (1.0)"
+    )
+    sample.add_argument(
+        "--top-k", type=int, default=0, metavar="K", help="choose among the K likeliest; 0: among all (0)"
+    )
+    _add_options(sample, MACHINE[1:])
+
+    data = command("data", _data, "prepare text for training")
+    data.add_argument("dataset", choices=("tinyshakespeare", "tinystories", "text"))
+    data.add_argument("file", nargs="?", metavar="FILE", help="for `text`: a UTF-8 text")
+    data.add_argument("--from", dest="source", metavar="FILE", help="a local copy, instead of the network")
+    data.add_argument("--out", "-o", default="data", metavar="DIR", help="folder for the token files (data)")
+    data.add_argument("--tokenizer", default="gpt2", metavar="NAME", help="gpt2 or bytes (gpt2)")
+    data.add_argument(
+        "--val-fraction", type=float, metavar="X", help="for `text`: the part held out for validation (0.1)"
+    )
+    data.add_argument("--shard-tokens", type=int, metavar="N", help="cut the output into files of N tokens")
+    data.add_argument("--threads", type=int, metavar="N", help="that tokenise (as many as there are CPUs)")
+
+    convert = command("convert", _convert, "convert between llm.c's model files and Hugging Face folders")
+    convert.add_argument("source", metavar="SOURCE", help="model .bin, Hugging Face folder or name, preset")
+    convert.add_argument("destination", metavar="DESTINATION", help="a name in .bin, or a folder")
+    convert.add_argument(
+        "--version", type=int, default=3, metavar="N", help="of the .bin: 1, 3 (fp32) or 5 (bf16) (3)"
+    )
+    convert.add_argument("--force", action="store_true", help="replace what is there")
+
+    verify = command("verify", _verify, "compare llmc with a reference's logits, loss, gradients and updates")
+    verify.add_argument("model", metavar="MODEL", help="model .bin")
+    verify.add_argument("debug_state", metavar="DEBUG_STATE", help="its debug state .bin")
+    verify.add_argument(
+        "--json", metavar="FILE", help="the updates' recipe and losses (the debug state's name in .json)"
+    )
+    _add_options(verify, MACHINE[1:-1])
+
+    about = (
+        "Let PyTorch overfit one batch, and write the model, its debug state (logits, loss, gradients) and the\n"
+        "losses with their recipe: what `llmc verify` compares with.  Needs torch."
+    )
+    reference = command("reference", _reference, "let PyTorch make what verify compares with", about)
+    init = MODEL_AND_DATA[0]._replace(help="model .bin, Hugging Face folder or name, preset, d12 (d12)")
+    _add_options(reference, (init, MACHINE[-1]._replace(help="of random weights and ids (0)")))
+    reference.add_argument("--out", "-o", required=True, metavar="DIR", help="folder for the three files")
+    reference.add_argument("--tokens", "-i", metavar="FILES", help="token files for the batch (random ids)")
+    for name, short, field, kind, text in (
+        ("--batch-size", "-b", "B", int, "sequences (4)"),
+        ("--sequence-length", "-t", "T", int, "tokens per sequence (64)"),
+        ("--steps", "-x", "steps", int, "losses to record (10)"),
+        ("--lr", "-l", "lr", float, "AdamW's (0.0001)"),
+        ("--weight-decay", "-c", "weight_decay", float, "AdamW's (0.0)"),
+        ("--beta1", "", "beta1", float, "AdamW's (0.9)"),
+        ("--beta2", "", "beta2", float, "AdamW's (0.999)"),
+        ("--eps", "", "eps", float, "AdamW's (1e-08)"),
+        ("--decay-on", "", "decay_on", str, "2d: matrices alone; all: every tensor (2d)"),
+        ("--dtype", "", "dtype", str, "float32 or float64 (float32)"),
+        ("--name", "", "name", str, "the files' name (the model's)"),
+        ("--version", "", "version", int, "of the .bin: 1 or 3 (3)"),
+    ):
+        reference.add_argument(
+            *([name, short] if short else [name]), dest=field, type=kind, default=argparse.SUPPRESS, help=text,
+            metavar={int: "N", float: "X", str: "NAME"}[kind],
+        )  # fmt: skip
+    reference.add_argument(
+        "--perturbed", action="store_true", help="first give the weights large biases and outliers: a harder test"
+    )
+
+    info = command("info", _info, "show version, processor, threads and optional parts")
+    _add_options(info, MACHINE[1:-1])
+
+    return top
+
+
+def _add_options(parser: argparse._ActionsContainer, options: Sequence[Option]) -> None:
+    for option in options:
+        names = [f"--{option.field.replace('_', '-')}"] + ([f"-{option.short}"] if option.short else [])
+        # Options that were not given stay absent, so that a configuration file can speak.
+        parser.add_argument(
+            *names, dest=option.field, type=option.kind, metavar=option.metavar, help=option.help,
+            choices=option.choices or None, default=argparse.SUPPRESS,
+        )  # fmt: skip
+
+
+# ---- train -----------------------------------------------------------------------------------------
+
+
+class _Interrupt:
+    """The first Ctrl-C asks the run to end after its step and save; a second one ends it at once.
+
+    Until `arm` is called there is nothing worth saving, and Ctrl-C works as ever.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: Any = None
+
+    def requested(self) -> bool:
+        return self.asked
+
+    def arm(self) -> None:
+        here = threading.current_thread() is threading.main_thread()
+        # A process that was told to ignore Ctrl-C (nohup, a shell's background job) goes on doing so.
+        if self._before is None and here and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            self._before = signal.signal(signal.SIGINT, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, self._before)
+        self.asked = True
+        os.write(2, b"\nllmc: stopping after this step (Ctrl-C again: at once, without saving)\n")
+
+    def __enter__(self) -> _Interrupt:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+
+def _train(args: argparse.Namespace) -> int:
+    from llmc import recipes, training
+
+    types = training.TrainConfig.types()
+    flags = {name: value for name, value in vars(args).items() if name in types}
+    base: dict[str, Any] = {}
+    if args.config is not None:
+        base = recipes.load(args.config, types)
+    elif "train_data" not in flags and flags.get("init", "stories") == "stories":
+        base = recipes.load("stories", types)
+    config = training.TrainConfig(**{**base, **flags})
+
+    with display.Display(config, sys.stdout) as shown, _Interrupt() as interrupt:
+        if config.out and os.path.exists(os.path.join(config.out, "model.safetensors")):
+            shown.line(f"{config.out} holds a model already, which this run's will replace when it ends\n")
+        for event in training.train(config, stop=interrupt.requested):
+            shown.show(event)
+            if isinstance(event, training.Step):
+                interrupt.arm()
+        if interrupt.asked:
+            shown.line(f"stopped after {shown.done} of {shown.steps} updates")
+            return 130
+        shown.line(f"{shown.done} updates in {shown.elapsed()}")
+        if config.out:
+            shown.line(f"to see it write: llmc sample --model {config.out}")
+        else:
+            shown.line("the model was not saved: --out DIR would")
+    return 0
+
+
+# ---- sample ----------------------------------------------------------------------------------------
+
+
+def _sample(args: argparse.Namespace) -> int:
+    if args.model == STORIES_FOLDER and not os.path.isdir(args.model):
+        raise ConfigError("model", f"{STORIES_FOLDER} is not there; `llmc train` makes it, or name another by --model")
+    from llmc import loading, sampling
+
+    seed = getattr(args, "seed", 0)
+    model = loading.load(args.model, seed=seed, **_machine(args))
+    tokenizer = loading.require_tokenizer(model)
+    ids = tokenizer.encode(args.prompt)
+    if tokenizer.name == "bytes":  # llmc's own models: their training windows began so
+        ids = [tokenizer.eot, *ids]
+    new = sampling.stream(
+        model, ids, args.max_new_tokens, args.temperature, args.top_k, seed, stop=sampling.end_of_text(model)
+    )
+    sys.stdout.write(display.printable(args.prompt) if sys.stdout.isatty() else args.prompt)
+    display.write_stream(sys.stdout, sampling.stream_text(tokenizer, new))
+    return 0
+
+
+# ---- data, convert ---------------------------------------------------------------------------------
+
+
+def _data(args: argparse.Namespace) -> int:
+    from llmc import datasets
+
+    if args.file is not None and (args.dataset != "text" or args.source is not None):
+        raise ConfigError("file", f"{args.file!r} is one too many: --from names a local copy of {args.dataset}")
+    source = args.file or args.source
+    if args.val_fraction is not None and args.dataset != "text":
+        raise ConfigError("val_fraction", f"{args.dataset} has a validation part of its own")
+    options = {"tokenizer": args.tokenizer}
+    if args.dataset != "tinyshakespeare":
+        options.update(shard_tokens=args.shard_tokens, threads=args.threads)
+    elif args.shard_tokens is not None:
+        raise ConfigError("shard_tokens", "tinyshakespeare is too small to be cut up")
+    with display.Transfer(sys.stdout) as shown:
+        options.update(progress=shown.progress, stage=shown.stage)
+        if args.dataset == "tinyshakespeare":
+            made = datasets.prepare_tinyshakespeare(args.out, source, **options)
+        elif args.dataset == "tinystories":
+            made = datasets.prepare_tinystories(args.out, source, **options)
+        else:
+            if source is None:
+                raise ConfigError("file", "which text? llmc data text FILE")
+            if args.val_fraction is not None:
+                options.update(val_fraction=args.val_fraction)
+            made = datasets.prepare_text(source, args.out, **options)
+    _report(made)
+    return 0
+
+
+def _report(made: Prepared) -> None:
+    def name(paths: Sequence[os.PathLike[str]]) -> str:
+        first = os.fspath(paths[0])
+        return first if len(paths) == 1 else first.replace("_000000.", "_*.")
+
+    print(f"train  {made.train_tokens:>13,} tokens  {name(made.train)}")
+    example = f"llmc train --train-data '{name(made.train)}'"
+    if made.val:
+        print(f"val    {made.val_tokens:>13,} tokens  {name(made.val)}")
+        example += f" --val-data '{name(made.val)}'"
+    print(f"to train on it: {example} --init {'d12' if made.tokenizer == 'gpt2' else 'stories'}")
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from llmc import convert
+
+    print(f"wrote {convert.convert(args.source, args.destination, version=args.version, force=args.force)}")
+    return 0
+
+
+# ---- verify, info ----------------------------------------------------------------------------------
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from llmc import verify
+
+    report = verify.verify(args.model, args.debug_state, json=args.json, **_machine(args))
+    verify.print_report(report, sys.stdout)
+    return 0 if report.okay else 1
+
+
+def _reference(args: argparse.Namespace) -> int:
+    from llmc import torch_reference
+
+    def on_step(step: int, loss: float) -> None:
+        print(f"step {step}: loss {loss:.6f}", flush=True)
+
+    chosen = {name: value for name, value in vars(args).items() if name not in REFERENCE_OWN}
+    written = torch_reference.run(getattr(args, "init", "d12"), args.out, on_step=on_step, **chosen)
+    for path in (written.model, written.debug_state, written.recipe):
+        print(f"wrote {path}")
+    print(f"to compare: llmc verify {written.model} {written.debug_state}")
+    return 0
+
+
+# What a `reference` command line holds besides the arguments of `torch_reference.run`.
+REFERENCE_OWN = {"command", "run", "debug", "init", "out"}
+
+
+def _info(args: argparse.Namespace) -> int:
+    display.print_info(sys.stdout, **_machine(args))
+    return 0
+
+
+def _machine(args: argparse.Namespace) -> dict[str, Any]:
+    """device, isa and threads, as far as they were given; 0 and "" mean the default."""
+    given = {name: vars(args)[name] for name in ("device", "isa", "threads") if name in vars(args)}
+    return {name: value for name, value in given.items() if value}
+
+
+# ---- main ------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status; argparse exits by itself with 2."""
+    args = parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a model may write what the terminal's encoding has no sign for
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        status = int(args.run(args))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # Whoever read us has gone; so that Python does not complain at exit, stdout now leads nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        print("\nllmc: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except Exception as error:
+        if args.debug:
+            raise
+        print(f"llmc: error: {_message(error)}", file=sys.stderr)
+        return 1
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, LlmcError):
+        text = str(error)
+    elif isinstance(error, MemoryError):
+        text = f"out of memory: {error}" if str(error) else "out of memory"
+    elif isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        text = f"{where}{error.strerror or error}"
+    else:
+        text = f"internal error: {type(error).__name__}: {error} (--debug shows where)"
+    return display.printable(" ".join(text.split()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

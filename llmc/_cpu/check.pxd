@@ -1,0 +1,7 @@
+cdef float[::1] vector(str name, object a)
+cdef float[:, ::1] matrix(str name, object a)
+cdef float[:, :, ::1] cube(str name, object a)
+cdef float[::1] flat(str name, object a)
+cdef int[:, ::1] ids(str name, object a)
+cdef int expect(str name, tuple got, tuple want) except -1
+cdef int in_range(str name, int[:, ::1] a, Py_ssize_t V) except -1

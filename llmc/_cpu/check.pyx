@@ -1,0 +1,54 @@
+"""Arguments -> typed memoryviews, or a ValueError (TypeError for what is no array) that names the argument."""
+
+import numpy as np
+
+
+cdef object _array(str name, object a, object dtype, int ndim):
+    if not isinstance(a, np.ndarray):
+        raise TypeError(f"{name}: expected a numpy array, got {type(a).__name__}")
+    if a.dtype != dtype:
+        raise ValueError(f"{name}: expected dtype {np.dtype(dtype)}, got {a.dtype}")
+    if ndim and a.ndim != ndim:
+        raise ValueError(f"{name}: expected {ndim} dimensions, got shape {a.shape}")
+    if not a.flags.c_contiguous:
+        raise ValueError(f"{name}: must be C-contiguous")
+    if not a.flags.writeable:
+        raise ValueError(f"{name}: must be writable")
+    return a
+
+
+cdef float[::1] vector(str name, object a):
+    return _array(name, a, np.float32, 1)
+
+
+cdef float[:, ::1] matrix(str name, object a):
+    return _array(name, a, np.float32, 2)
+
+
+cdef float[:, :, ::1] cube(str name, object a):
+    return _array(name, a, np.float32, 3)
+
+
+cdef float[::1] flat(str name, object a):
+    """Any shape, seen as one vector."""
+    return _array(name, a, np.float32, 0).reshape(-1)
+
+
+cdef int[:, ::1] ids(str name, object a):
+    return _array(name, a, np.int32, 2)
+
+
+cdef int expect(str name, tuple got, tuple want) except -1:
+    if got != want:
+        raise ValueError(f"{name}: expected shape {want}, got {got}")
+    return 0
+
+
+cdef int in_range(str name, int[:, ::1] a, Py_ssize_t V) except -1:
+    """Every id of `a` lies in [0, V)."""
+    cdef Py_ssize_t i, j
+    for i in range(a.shape[0]):
+        for j in range(a.shape[1]):
+            if not 0 <= a[i, j] < V:
+                raise ValueError(f"{name}: id {a[i, j]} at [{i}, {j}] is outside [0, {V})")
+    return 0

@@ -1,0 +1,36 @@
+cdef extern from "simd/kernels.h" nogil:
+    ctypedef struct Kernels:
+        const char *name
+        int tile_rows, tile_columns
+        Py_ssize_t gemm_scratch
+
+        void (*gemm)(float *c, Py_ssize_t ldc, const float *a, Py_ssize_t a_rs, Py_ssize_t a_cs, const float *b,
+                     Py_ssize_t b_rs, Py_ssize_t b_cs, Py_ssize_t M, Py_ssize_t N, Py_ssize_t K, int add,
+                     const float *bias, float *scratch) noexcept nogil
+        void (*dot_rows)(float *out, const float *x, const float *w, Py_ssize_t ldw, Py_ssize_t K, Py_ssize_t n,
+                         const float *bias) noexcept nogil
+
+        void (*layernorm_row)(float *out, float *mean, float *rstd, const float *x, const float *w, const float *b,
+                              Py_ssize_t C, float eps) noexcept nogil
+        void (*layernorm_backward_row)(float *dx, float *dw, float *db, const float *dout, const float *x,
+                                       const float *w, float mean, float rstd, Py_ssize_t C) noexcept nogil
+        float (*softmax_block)(float *s, Py_ssize_t n, Py_ssize_t width, float scale, float *m,
+                               float *l) noexcept nogil
+        void (*softmax_backward_block)(float *s, float *dp, Py_ssize_t n, Py_ssize_t width, float scale, float lse,
+                                       float delta) noexcept nogil
+        float (*crossentropy_row)(float *logits, Py_ssize_t V, Py_ssize_t target, float scale,
+                                  int train) noexcept nogil
+
+        void (*gelu_forward_span)(float *out, const float *x, Py_ssize_t n) noexcept nogil
+        void (*gelu_backward_span)(float *dx, const float *dout, const float *x, Py_ssize_t n) noexcept nogil
+        void (*add_span)(float *out, const float *a, const float *b, Py_ssize_t n) noexcept nogil
+        void (*scale_span)(float *x, float factor, Py_ssize_t n) noexcept nogil
+        void (*axpy_span)(float *y, float factor, const float *x, Py_ssize_t n) noexcept nogil
+        double (*sumsq_span)(const float *x, Py_ssize_t n) noexcept nogil
+        double (*dot_span)(const float *a, const float *b, Py_ssize_t n) noexcept nogil
+        void (*adamw_span)(float *w, float *m, float *v, const float *dw, Py_ssize_t n, float lr, float beta1,
+                           float beta2, float c1, float c2, float eps, float decay, float scale) noexcept nogil
+        void (*column_sum)(float *sum, const float *x, Py_ssize_t ldx, Py_ssize_t rows, Py_ssize_t n) noexcept nogil
+
+cdef const Kernels *kernels
+cdef int threads

@@ -1,0 +1,126 @@
+"""The active kernel table and the number of threads: every other module of this package reads them here."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+from llmc.errors import ConfigError
+
+cdef extern from "simd/dispatch.h":
+    ctypedef struct IsaEntry:
+        const Kernels *kernels
+        int supported
+    const IsaEntry *dispatch_table(int *count)
+
+cdef extern from *:
+    """
+    #ifdef _OPENMP
+    #include <omp.h>
+    /* The version of the OpenMP specification, as its date. */
+    static int llmc_openmp(void) { return _OPENMP; }
+    /* Ends the pool of worker threads; the next parallel region starts a new one. */
+    static void llmc_pause_threads(void) { omp_pause_resource_all(omp_pause_hard); }
+    #else
+    static int llmc_openmp(void) { return 0; }
+    static void llmc_pause_threads(void) {}
+    #endif
+    """
+    int llmc_openmp()
+    void llmc_pause_threads()
+
+kernels = NULL
+threads = 1
+
+
+def all_isas():
+    """Names of the kernel tables that were built, slowest first."""
+    cdef int count = 0
+    cdef const IsaEntry *table = dispatch_table(&count)
+    return tuple([table[i].kernels.name.decode() for i in range(count)])
+
+
+def isas():
+    """Those of `all_isas()` that this CPU can run."""
+    cdef int count = 0
+    cdef const IsaEntry *table = dispatch_table(&count)
+    return tuple([table[i].kernels.name.decode() for i in range(count) if table[i].supported])
+
+
+def select(name=None):
+    """Make `name` (else LLMC_ISA, else the best there is) the active table.  ConfigError lists the valid names."""
+    global kernels
+    cdef int count = 0
+    cdef const IsaEntry *table = dispatch_table(&count)
+    source = "isa"
+    if name is None and os.environ.get("LLMC_ISA"):
+        name, source = os.environ["LLMC_ISA"], "LLMC_ISA"
+    usable = isas()
+    if name is None:
+        name = usable[len(usable) - 1]  # extensions are built without wraparound: no index -1
+    if name not in usable:
+        why = "is not supported by this CPU" if name in all_isas() else "is unknown here"
+        raise ConfigError(source, f"{name!r} {why}; choose from {', '.join(usable)}")
+    for i in range(count):
+        if table[i].kernels.name.decode() == name:
+            kernels = table[i].kernels
+
+
+def set_threads(count=None):
+    """Use `count` threads, else OMP_NUM_THREADS, else the physical cores this process may run on."""
+    global threads
+    source = "threads"
+    if count is None and os.environ.get("OMP_NUM_THREADS"):
+        # A list gives one number per nesting level; the first is ours.
+        count, source = os.environ["OMP_NUM_THREADS"].split(",")[0], "OMP_NUM_THREADS"
+    if count is None:
+        count = physical_cores()
+    try:
+        count = int(count)
+    except ValueError:
+        raise ConfigError(source, f"{count!r} is not a number") from None
+    if not 1 <= count <= 1024:
+        raise ConfigError(source, f"must be from 1 to 1024, got {count}")
+    threads = count if llmc_openmp() else 1
+
+
+def info():
+    """What is active: isa, tile, threads, and the OpenMP specification's date (0: built without)."""
+    return {
+        "isa": kernels.name.decode(),
+        "isas": isas(),
+        "tile": (kernels.tile_rows, kernels.tile_columns),
+        "threads": threads,
+        "openmp": llmc_openmp(),
+    }
+
+
+def physical_cores():
+    """Physical cores among the CPUs this process may use: hyper-threads share the units that matter here."""
+    if sys.platform == "darwin":
+        try:
+            return max(1, int(subprocess.check_output(["sysctl", "-n", "hw.physicalcpu"])))
+        except (OSError, ValueError, subprocess.CalledProcessError):
+            return os.cpu_count() or 1
+    try:
+        usable = os.sched_getaffinity(0)
+    except AttributeError:
+        return os.cpu_count() or 1
+    cores = set()
+    for cpu in usable:
+        try:
+            siblings = pathlib.Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text()
+        except OSError:
+            siblings = str(cpu)
+        cores.add(siblings.strip())
+    return max(1, len(cores))
+
+
+def _pause_threads():
+    llmc_pause_threads()
+
+
+# A child of fork() inherits libgomp's idea of its worker threads but not the threads: its first parallel
+# region would wait for them for ever.  With the pool ended before the fork, both sides start their own.
+if llmc_openmp() and hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_pause_threads)

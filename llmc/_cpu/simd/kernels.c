@@ -1,0 +1,34 @@
+/* One kernel table.  Compiled once per instruction set, with -DLLMC_ISA_<NAME> and that set's flags. */
+#include "kernels.h"
+
+#include "gemm.h"
+#include "map.h"
+#include "row.h"
+
+#define JOIN_(a, b) a##b
+#define JOIN(a, b) JOIN_(a, b)
+#define TEXT_(a) #a
+#define TEXT(a) TEXT_(a)
+
+const Kernels JOIN(kernels_, ISA_NAME) = {
+    .name = TEXT(ISA_NAME),
+    .tile_rows = MR,
+    .tile_columns = NR,
+    .gemm_scratch = GEMM_SCRATCH,
+    .gemm = gemm,
+    .dot_rows = dot_rows,
+    .layernorm_row = layernorm_row,
+    .layernorm_backward_row = layernorm_backward_row,
+    .softmax_block = softmax_block,
+    .softmax_backward_block = softmax_backward_block,
+    .crossentropy_row = crossentropy_row,
+    .gelu_forward_span = gelu_forward_span,
+    .gelu_backward_span = gelu_backward_span,
+    .add_span = add_span,
+    .scale_span = scale_span,
+    .axpy_span = axpy_span,
+    .sumsq_span = sumsq_span,
+    .dot_span = dot_span,
+    .adamw_span = adamw_span,
+    .column_sum = column_sum,
+};

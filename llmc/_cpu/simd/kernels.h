@@ -1,0 +1,41 @@
+/* What one instruction set offers: a table of functions, and the size of its GEMM tile.  `kernels.c` is compiled
+ * once per set and emits one table; the .pyx files call through the active one.  Nothing in here starts a
+ * thread or checks a shape.  The functions are described where they are defined: gemm.h, row.h, map.h. */
+#ifndef LLMC_KERNELS_H
+#define LLMC_KERNELS_H
+
+#include <stddef.h>
+
+typedef struct Kernels {
+    const char *name;
+    int tile_rows, tile_columns;
+    ptrdiff_t gemm_scratch; /* floats */
+
+    void (*gemm)(float *c, ptrdiff_t ldc, const float *a, ptrdiff_t a_rs, ptrdiff_t a_cs, const float *b,
+                 ptrdiff_t b_rs, ptrdiff_t b_cs, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K, int add, const float *bias,
+                 float *scratch);
+    void (*dot_rows)(float *out, const float *x, const float *w, ptrdiff_t ldw, ptrdiff_t K, ptrdiff_t n,
+                     const float *bias);
+
+    void (*layernorm_row)(float *out, float *mean, float *rstd, const float *x, const float *w, const float *b,
+                          ptrdiff_t C, float eps);
+    void (*layernorm_backward_row)(float *dx, float *dw, float *db, const float *dout, const float *x, const float *w,
+                                   float mean, float rstd, ptrdiff_t C);
+    float (*softmax_block)(float *s, ptrdiff_t n, ptrdiff_t width, float scale, float *m, float *l);
+    void (*softmax_backward_block)(float *s, float *dp, ptrdiff_t n, ptrdiff_t width, float scale, float lse,
+                                   float delta);
+    float (*crossentropy_row)(float *logits, ptrdiff_t V, ptrdiff_t target, float scale, int train);
+
+    void (*gelu_forward_span)(float *out, const float *x, ptrdiff_t n);
+    void (*gelu_backward_span)(float *dx, const float *dout, const float *x, ptrdiff_t n);
+    void (*add_span)(float *out, const float *a, const float *b, ptrdiff_t n);
+    void (*scale_span)(float *x, float factor, ptrdiff_t n);
+    void (*axpy_span)(float *y, float factor, const float *x, ptrdiff_t n);
+    double (*sumsq_span)(const float *x, ptrdiff_t n);
+    double (*dot_span)(const float *a, const float *b, ptrdiff_t n);
+    void (*adamw_span)(float *w, float *m, float *v, const float *dw, ptrdiff_t n, float lr, float beta1, float beta2,
+                       float c1, float c2, float eps, float decay, float scale);
+    void (*column_sum)(float *sum, const float *x, ptrdiff_t ldx, ptrdiff_t rows, ptrdiff_t n);
+} Kernels;
+
+#endif

@@ -1,0 +1,103 @@
+/* One span: element by element, and sums over a fixed span. */
+#include "vec.h"
+
+/* gelu(x) = x/2 (1 + tanh u), u = sqrt(2/pi) (x + 0.044715 x^3).  Since (1 + tanh u)/2 = 1/(1 + e^(-2u)), it is
+ * x times a logistic: no tanh, and no cancellation for negative x. */
+ALWAYS_INLINE vec gelu_gate(vec x, vec x2) {
+    vec minus_2u = v_mul(x, v_fma(x2, v_set(-2.0f * 0.797884560802865f * 0.044715f), v_set(-2.0f * 0.797884560802865f)));
+    return v_div(v_set(1.0f), v_add(v_set(1.0f), v_exp(minus_2u)));
+}
+
+static void gelu_forward_span(float *out, const float *x, ptrdiff_t n) {
+    for (ptrdiff_t i = 0; i < n; i += VL) {
+        vec v = load_upto(x + i, n - i);
+        store_upto(out + i, v_mul(v, gelu_gate(v, v_mul(v, v))), n - i);
+    }
+}
+
+/* gelu' = s + x s (1 - s) 2u',  2u' = 2 sqrt(2/pi) (1 + 3 * 0.044715 x^2).  1 - s is s e^(-2u), but for large x both are 0
+ * to working precision; beyond |x| = 12 the second term is nothing, and x is held there lest 0 * inf appear. */
+static void gelu_backward_span(float *dx, const float *dout, const float *x, ptrdiff_t n) {
+    for (ptrdiff_t i = 0; i < n; i += VL) {
+        vec v = load_upto(x + i, n - i);
+        vec held = v_min(v_set(12.0f), v_max(v_set(-12.0f), v));
+        vec h2 = v_mul(held, held), s = gelu_gate(held, h2);
+        vec slope = v_fma(h2, v_set(6.0f * 0.797884560802865f * 0.044715f), v_set(2.0f * 0.797884560802865f));
+        vec g = v_fma(v_mul(v_mul(held, s), v_sub(v_set(1.0f), s)), slope, s);
+        store_upto(dx + i, v_mul(load_upto(dout + i, n - i), g), n - i);
+    }
+}
+
+/* out = a + b */
+static void add_span(float *out, const float *a, const float *b, ptrdiff_t n) {
+    for (ptrdiff_t i = 0; i < n; i += VL)
+        store_upto(out + i, v_add(load_upto(a + i, n - i), load_upto(b + i, n - i)), n - i);
+}
+
+/* x *= factor */
+static void scale_span(float *x, float factor, ptrdiff_t n) {
+    for (ptrdiff_t i = 0; i < n; i += VL) store_upto(x + i, v_mul(load_upto(x + i, n - i), v_set(factor)), n - i);
+}
+
+/* y += factor x */
+static void axpy_span(float *y, float factor, const float *x, ptrdiff_t n) {
+    for (ptrdiff_t i = 0; i < n; i += VL)
+        store_upto(y + i, v_fma(v_set(factor), load_upto(x + i, n - i), load_upto(y + i, n - i)), n - i);
+}
+
+/* The sum of squares of a span, in double. */
+static double sumsq_span(const float *x, ptrdiff_t n) {
+    vecd even = vd_zero(), odd = vd_zero();
+    ptrdiff_t i = 0;
+    for (; i + 2 * VL <= n; i += 2 * VL) {
+        even = vd_sqacc(even, v_load(x + i));
+        odd = vd_sqacc(odd, v_load(x + i + VL));
+    }
+    double sum = vd_sum(even) + vd_sum(odd);
+    for (; i < n; i++) sum += (double)x[i] * (double)x[i];
+    return sum;
+}
+
+static double dot_span(const float *a, const float *b, ptrdiff_t n) {
+    vec acc = v_set(0.0f);
+    for (ptrdiff_t i = 0; i < n; i += VL) acc = v_fma(load_upto(a + i, n - i), load_upto(b + i, n - i), acc);
+    return v_sum(acc);
+}
+
+/* The scalars of one AdamW update, bias corrections already taken: c1 = 1/(1 - beta1^t), c2 = 1/(1 - beta2^t). */
+static void adamw_span(float *w, float *m, float *v, const float *dw, ptrdiff_t n, float lr, float beta1, float beta2,
+                       float c1, float c2, float eps, float decay, float scale) {
+    vec b1 = v_set(beta1), a1 = v_set((float)(1.0 - (double)beta1));
+    vec b2 = v_set(beta2), a2 = v_set((float)(1.0 - (double)beta2));
+    for (ptrdiff_t i = 0; i < n; i += VL) {
+        ptrdiff_t k = n - i;
+        vec g = v_mul(load_upto(dw + i, k), v_set(scale)), p = load_upto(w + i, k);
+        vec mi = v_fma(b1, load_upto(m + i, k), v_mul(a1, g));
+        vec vi = v_fma(b2, load_upto(v + i, k), v_mul(a2, v_mul(g, g)));
+        vec step = v_div(v_mul(mi, v_set(c1)), v_add(v_sqrt(v_mul(vi, v_set(c2))), v_set(eps)));
+        step = v_fma(v_set(decay), p, step);
+        store_upto(m + i, mi, k);
+        store_upto(v + i, vi, k);
+        store_upto(w + i, v_sub(p, v_mul(v_set(lr), step)), k);
+    }
+}
+
+/* sum[j] += the sum of column j over `rows` rows of x, ldx apart; n columns.  Sixty-four rows at a time: a long column
+ * of small numbers then loses little to a large running sum. */
+static void column_sum(float *sum, const float *x, ptrdiff_t ldx, ptrdiff_t rows, ptrdiff_t n) {
+    for (ptrdiff_t start = 0; start < rows; start += 64) {
+        ptrdiff_t end = start + 64 < rows ? start + 64 : rows;
+        ptrdiff_t j = 0;
+        for (; j + 4 * VL <= n; j += 4 * VL) {
+            vec acc[4] = {v_set(0.0f), v_set(0.0f), v_set(0.0f), v_set(0.0f)};
+            for (ptrdiff_t i = start; i < end; i++)
+                for (int q = 0; q < 4; q++) acc[q] = v_add(acc[q], v_load(x + i * ldx + j + q * VL));
+            for (int q = 0; q < 4; q++) v_store(sum + j + q * VL, v_add(v_load(sum + j + q * VL), acc[q]));
+        }
+        for (; j < n; j += VL) {
+            vec acc = v_set(0.0f);
+            for (ptrdiff_t i = start; i < end; i++) acc = v_add(acc, load_upto(x + i * ldx + j, n - j));
+            store_upto(sum + j, v_add(load_upto(sum + j, n - j), acc), n - j);
+        }
+    }
+}

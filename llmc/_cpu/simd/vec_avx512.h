@@ -1,0 +1,67 @@
+/* AVX-512F + VL + DQ + BW: 16 floats, 32 registers, real masks. */
+#include <immintrin.h>
+
+#define ISA_NAME avx512
+#define LLMC_MR 8
+enum { VL = 16, MR = LLMC_MR };
+
+typedef __m512 vec;
+typedef __m512d vecd;
+
+static inline __mmask16 v_mask(ptrdiff_t n) { return (__mmask16)((1u << n) - 1u); }
+
+static inline vec v_load(const float *p) { return _mm512_loadu_ps(p); }
+static inline void v_store(float *p, vec a) { _mm512_storeu_ps(p, a); }
+static inline vec v_load_n(const float *p, ptrdiff_t n) { return _mm512_maskz_loadu_ps(v_mask(n), p); }
+static inline void v_store_n(float *p, vec a, ptrdiff_t n) { _mm512_mask_storeu_ps(p, v_mask(n), a); }
+static inline vec v_set(float a) { return _mm512_set1_ps(a); }
+static inline vec v_add(vec a, vec b) { return _mm512_add_ps(a, b); }
+static inline vec v_sub(vec a, vec b) { return _mm512_sub_ps(a, b); }
+static inline vec v_mul(vec a, vec b) { return _mm512_mul_ps(a, b); }
+static inline vec v_div(vec a, vec b) { return _mm512_div_ps(a, b); }
+static inline vec v_sqrt(vec a) { return _mm512_sqrt_ps(a); }
+static inline vec v_fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
+static inline vec v_max(vec a, vec b) { return _mm512_max_ps(a, b); }
+static inline vec v_min(vec a, vec b) { return _mm512_min_ps(a, b); }
+static inline vec v_round(vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+static inline vec v_exp2i(vec n) {
+    __m512i e = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(e, 23));
+}
+static inline float v_sum(vec a) { return _mm512_reduce_add_ps(a); }
+static inline float v_hmax(vec a) { return _mm512_reduce_max_ps(a); }
+
+/* Four rounds, each doubling the block that is transposed: 1, 2, then 4x4 blocks of lanes twice. */
+static inline void v_transpose(vec *r) {
+    vec t[16], u[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        u[i] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
+        u[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xEE);
+        u[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+        u[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xEE);
+    }
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_f32x4(u[i], u[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_f32x4(u[i], u[i + 4], 0xDD);
+        t[i + 8] = _mm512_shuffle_f32x4(u[i + 8], u[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_f32x4(u[i + 8], u[i + 12], 0xDD);
+    }
+    for (int i = 0; i < 4; i++) {
+        r[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
+        r[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xDD);
+        r[i + 4] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0x88);
+        r[i + 12] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xDD);
+    }
+}
+
+static inline vecd vd_zero(void) { return _mm512_setzero_pd(); }
+static inline vecd vd_sqacc(vecd acc, vec x) {
+    vecd lo = _mm512_cvtps_pd(_mm512_castps512_ps256(x));
+    vecd hi = _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1));
+    return _mm512_fmadd_pd(lo, lo, _mm512_fmadd_pd(hi, hi, acc));
+}
+static inline double vd_sum(vecd a) { return _mm512_reduce_add_pd(a); }

@@ -1,0 +1,56 @@
+/* AArch64 Advanced SIMD: 4 floats, 32 registers, no masks. */
+#include <arm_neon.h>
+
+#define ISA_NAME neon
+#define LLMC_MR 8
+enum { VL = 4, MR = LLMC_MR };
+
+typedef float32x4_t vec;
+typedef float64x2_t vecd;
+
+static inline vec v_load(const float *p) { return vld1q_f32(p); }
+static inline void v_store(float *p, vec a) { vst1q_f32(p, a); }
+static inline vec v_load_n(const float *p, ptrdiff_t n) {
+    vec a = vdupq_n_f32(0.0f);
+    if (n > 0) a = vsetq_lane_f32(p[0], a, 0);
+    if (n > 1) a = vsetq_lane_f32(p[1], a, 1);
+    if (n > 2) a = vsetq_lane_f32(p[2], a, 2);
+    return a;
+}
+static inline void v_store_n(float *p, vec a, ptrdiff_t n) {
+    if (n > 0) p[0] = vgetq_lane_f32(a, 0);
+    if (n > 1) p[1] = vgetq_lane_f32(a, 1);
+    if (n > 2) p[2] = vgetq_lane_f32(a, 2);
+}
+static inline vec v_set(float a) { return vdupq_n_f32(a); }
+static inline vec v_add(vec a, vec b) { return vaddq_f32(a, b); }
+static inline vec v_sub(vec a, vec b) { return vsubq_f32(a, b); }
+static inline vec v_mul(vec a, vec b) { return vmulq_f32(a, b); }
+static inline vec v_div(vec a, vec b) { return vdivq_f32(a, b); }
+static inline vec v_sqrt(vec a) { return vsqrtq_f32(a); }
+static inline vec v_fma(vec a, vec b, vec c) { return vfmaq_f32(c, a, b); }
+/* Compare and select, not vmaxq: x86's rule for NaN (see vec.h). */
+static inline vec v_max(vec a, vec b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
+static inline vec v_min(vec a, vec b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
+static inline vec v_round(vec a) { return vrndnq_f32(a); }
+static inline vec v_exp2i(vec n) {
+    int32x4_t e = vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127));
+    return vreinterpretq_f32_s32(vshlq_n_s32(e, 23));
+}
+static inline float v_sum(vec a) { return vaddvq_f32(a); }
+static inline float v_hmax(vec a) { return vmaxvq_f32(a); }
+
+static inline void v_transpose(vec *r) {
+    float32x4x2_t lo = vtrnq_f32(r[0], r[1]), hi = vtrnq_f32(r[2], r[3]);
+    r[0] = vcombine_f32(vget_low_f32(lo.val[0]), vget_low_f32(hi.val[0]));
+    r[1] = vcombine_f32(vget_low_f32(lo.val[1]), vget_low_f32(hi.val[1]));
+    r[2] = vcombine_f32(vget_high_f32(lo.val[0]), vget_high_f32(hi.val[0]));
+    r[3] = vcombine_f32(vget_high_f32(lo.val[1]), vget_high_f32(hi.val[1]));
+}
+
+static inline vecd vd_zero(void) { return vdupq_n_f64(0.0); }
+static inline vecd vd_sqacc(vecd acc, vec x) {
+    vecd lo = vcvt_f64_f32(vget_low_f32(x)), hi = vcvt_high_f64_f32(x);
+    return vfmaq_f64(vfmaq_f64(acc, hi, hi), lo, lo);
+}
+static inline double vd_sum(vecd a) { return vaddvq_f64(a); }

@@ -1,0 +1,44 @@
+/* One float at a time: the baseline that the others are measured against.  Built without auto-vectorisation. */
+#include <math.h>
+#include <string.h>
+
+#define ISA_NAME scalar
+#define LLMC_MR 4
+enum { VL = 1, MR = LLMC_MR };
+
+typedef float vec;
+typedef double vecd;
+
+static inline vec v_load(const float *p) { return *p; }
+static inline void v_store(float *p, vec a) { *p = a; }
+static inline vec v_load_n(const float *p, ptrdiff_t n) { return n > 0 ? *p : 0.0f; }
+static inline void v_store_n(float *p, vec a, ptrdiff_t n) {
+    if (n > 0) *p = a;
+}
+static inline vec v_set(float a) { return a; }
+static inline vec v_add(vec a, vec b) { return a + b; }
+static inline vec v_sub(vec a, vec b) { return a - b; }
+static inline vec v_mul(vec a, vec b) { return a * b; }
+static inline vec v_div(vec a, vec b) { return a / b; }
+static inline vec v_sqrt(vec a) { return sqrtf(a); }
+static inline vec v_fma(vec a, vec b, vec c) { return a * b + c; }
+static inline vec v_max(vec a, vec b) { return a > b ? a : b; }
+static inline vec v_min(vec a, vec b) { return a < b ? a : b; }
+static inline vec v_round(vec a) {
+    const float magic = 12582912.0f; /* 1.5 * 2^23: adding it leaves no bits for a fraction */
+    return (a + magic) - magic;
+}
+static inline vec v_exp2i(vec n) {
+    /* NaN has no exponent to build; the product in v_exp keeps it NaN whatever this returns. */
+    int32_t bits = (n >= -127.0f && n <= 127.0f ? (int32_t)n + 127 : 127) * (1 << 23);
+    float out;
+    memcpy(&out, &bits, sizeof out);
+    return out;
+}
+static inline float v_sum(vec a) { return a; }
+static inline float v_hmax(vec a) { return a; }
+static inline void v_transpose(vec *rows) { (void)rows; }
+
+static inline vecd vd_zero(void) { return 0.0; }
+static inline vecd vd_sqacc(vecd acc, vec x) { return acc + (double)x * (double)x; }
+static inline double vd_sum(vecd a) { return a; }

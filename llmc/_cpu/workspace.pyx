@@ -1,0 +1,81 @@
+"""All the memory that the ops use beside their arguments.
+
+Each thread has scratch of its own (packed panels, attention blocks), sized when the kernel table and the number of
+threads are chosen; one shared buffer, sized by `reserve`, holds what threads build together: a chunk of logits,
+partial sums.
+"""
+
+import math
+import mmap
+
+import numpy as np
+
+from llmc._cpu cimport isa
+from llmc._cpu.head cimport HEAD_CHUNK
+from llmc._cpu.norm cimport NORM_CHUNKS
+from llmc._cpu.optimizer cimport SUM_CHUNK
+
+HUGE_PAGE = 2 << 20
+
+cdef object _scratch_owner = None
+cdef char *_scratch = NULL
+cdef Py_ssize_t _stride = 0
+cdef object _shared_owner = None
+cdef char *_shared = NULL
+cdef Py_ssize_t _shared_nbytes = 0
+
+
+def empty(shape, dtype):
+    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+    try:
+        if hasattr(mmap, "MAP_ANONYMOUS"):
+            memory = mmap.mmap(-1, max(1, nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        else:
+            memory = mmap.mmap(-1, max(1, nbytes))
+    except (OSError, OverflowError) as error:
+        raise MemoryError(f"cannot allocate {nbytes:,} bytes: {error}") from None
+    if nbytes >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        except OSError:
+            pass  # a kernel without huge pages: the memory is as good, only slower to touch first
+    return np.ndarray(shape, dtype, buffer=memory)
+
+
+def resize_scratch():
+    """Give every thread of the active configuration its scratch."""
+    global _scratch_owner, _scratch, _stride
+    cdef unsigned char[::1] view
+    floats = isa.kernels.gemm_scratch + 2 * SCORES
+    _stride = -(-floats * 4 // 4096) * 4096  # pages of their own: no two threads share a line
+    _scratch_owner = empty((_stride * isa.threads,), np.uint8)
+    view = _scratch_owner
+    _scratch = <char *> &view[0]
+
+
+def reserve(channels, vocab_size, parameters):
+    global _shared_owner, _shared, _shared_nbytes
+    cdef unsigned char[::1] view
+    nbytes = max(
+        HEAD_CHUNK * vocab_size * 4,
+        NORM_CHUNKS * 2 * channels * 4,
+        -(-parameters // SUM_CHUNK) * 8,
+    )
+    if nbytes <= _shared_nbytes:
+        return
+    _shared_owner = empty((nbytes,), np.uint8)
+    view = _shared_owner
+    _shared = <char *> &view[0]
+    _shared_nbytes = nbytes
+
+
+cdef float *thread_scratch(int thread) noexcept nogil:
+    return <float *> (_scratch + thread * _stride)
+
+
+cdef float *shared(Py_ssize_t nbytes) except NULL:
+    if nbytes > _shared_nbytes:
+        raise RuntimeError(f"workspace of {_shared_nbytes:,} bytes is too small for {nbytes:,}: call reserve() first")
+    if _shared == NULL:
+        reserve(1, 1, 1)
+    return <float *> _shared

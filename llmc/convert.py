@@ -1,0 +1,48 @@
+"""Between llm.c's model files and Hugging Face folders."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from llmc import checkpoint, loading
+from llmc.checkpoint import PathLike
+from llmc.errors import ConfigError
+from llmc.ops import Ops
+
+KEEPS_OUT = (checkpoint.CONFIG_FILE, checkpoint.WEIGHTS_FILE, checkpoint.INDEX_FILE)
+
+
+def convert(
+    source: PathLike, destination: PathLike, *, version: int = 3, force: bool = False, seed: int = 0,
+    ops: Ops | None = None,
+) -> Path:
+    """Write the model `source` (whatever `loading.load` takes) to `destination`, and return its path.
+
+    A destination that ends in .bin becomes llm.c's model file of `version` (1: fp32, vocabulary not
+    padded; 3: fp32; 5: bf16, rounded to nearest), any other a Hugging Face folder in fp32.  What is there
+    already is replaced only with `force` (ConfigError otherwise), and only once the source was read whole,
+    so the two may be the same.
+    """
+    target = Path(destination).expanduser()
+    to_file = target.suffix == ".bin"
+    if target.suffix == ".safetensors":
+        raise ConfigError("destination", f"{target}: give the folder that model.safetensors is to lie in")
+    if to_file and version not in checkpoint.MODEL_DTYPES:
+        raise ConfigError("version", f"{version} is not a model version; choose from 1, 3, 5")
+    if to_file and target.is_dir():
+        raise ConfigError("destination", f"{target} is a folder, a name in .bin calls for a file")
+    if not to_file and target.exists() and not target.is_dir():
+        raise ConfigError("destination", f"{target} is a file; end the name in .bin, or name a folder")
+    if not force:
+        taken = [target] if to_file else [target / name for name in KEEPS_OUT]
+        for path in taken:
+            if os.path.lexists(path):
+                raise ConfigError("destination", f"{path} exists; it is replaced only when forced")
+    model = loading.load(source, seed=seed, ops=ops)
+    if to_file:
+        checkpoint.make_folder(target.parent)
+        loading.save_bin(model, target, version)
+    else:
+        loading.save(model, target)
+    return target

@@ -1,0 +1,269 @@
+"""What `llmc train` and `llmc sample` show: plain lines, and on a terminal one live status line below them.
+
+Whatever a model writes may hold any byte; on a terminal its control characters are shown and not obeyed.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from llmc.training import Event, Sample, Saved, Started, Step, TrainConfig, Validation
+
+STEP_LINES = 50  # about as many steps as this get a line of their own
+QUIET_SECONDS = 10.0  # but after so long a silence the next one does anyway
+# C0 but for tab and newline, DEL, C1, and the marks that reorder or hide text on the screen.
+UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
+
+
+def printable(text: str) -> str:
+    """`text` with control characters written as \\x1b or \\u202e."""
+    return UNSAFE.sub(lambda m: f"\\x{ord(m[0]):02x}" if ord(m[0]) < 256 else f"\\u{ord(m[0]):04x}", text)
+
+
+def write_stream(stream: TextIO, pieces: Iterable[str]) -> None:
+    """Write pieces of text as they come, and a newline at the end."""
+    terminal = stream.isatty()
+    for piece in pieces:
+        stream.write(printable(piece) if terminal else piece)
+        stream.flush()
+    stream.write("\n")
+    stream.flush()
+
+
+def duration(seconds: float) -> str:
+    """4 -> 0:04, 3725 -> 1:02:05."""
+    minutes, seconds = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def count(number: float) -> str:
+    """1234 -> 1.2k: for the status line."""
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= limit:
+            return f"{number / limit:.1f}{unit}"
+    return f"{number:.0f}"
+
+
+class Display:
+    """Shows the events of one run.  Use as a context manager, so that the status line goes away at the end."""
+
+    def __init__(self, config: TrainConfig, stream: TextIO) -> None:
+        self.config = config
+        self.stream = stream
+        self.steps = 0
+        self.done = 0  # updates so far
+        self._terminal = stream.isatty()
+        self._progress: Progress | None = None
+        self._began = self._last_line = time.monotonic()
+        self._seconds = 0.0  # of a step, smoothed
+
+    def __enter__(self) -> Display:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def show(self, event: Event) -> None:
+        """Print one event."""
+        getattr(self, f"_{type(event).__name__.lower()}")(event)
+
+    def line(self, text: str = "") -> None:
+        """One line, above the status line where there is one."""
+        self._last_line = time.monotonic()
+        if self._terminal:
+            text = printable(text)
+        if self._progress is not None:
+            self._progress.console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
+        else:
+            print(text, file=self.stream, flush=True)
+
+    # ---- events --------------------------------------------------------------------------------------
+
+    def _started(self, event: Started) -> None:
+        config, B, T = self.config, self.config.batch_size, self.config.sequence_length
+        self.steps = event.steps
+        rows: dict[str, object] = {"model": config.init, **asdict(event.model)}
+        rows["num_parameters"] = f"{event.parameters:,}"
+        rows["num_activations"] = f"{event.activations:,} ({event.activation_bytes / 2**20:.1f} MiB)"
+        rows["batch"] = f"{B} x {T} tokens; {event.tokens_per_update:,} tokens per update"
+        rows["train batches"] = "unlimited" if event.train_batches is None else f"{event.train_batches:,}"
+        if event.val_batches == 0:
+            rows["val batches"] = "none: no val_data was given"
+        else:
+            rows["val batches"] = "unlimited" if event.val_batches is None else f"{event.val_batches:,}"
+        rows["updates"] = f"{event.steps:,}, {config.schedule} learning rate {config.lr:g}"
+        if event.backend:
+            rows["device"] = f"{config.device}, {event.backend['isa']}, threads: {event.backend['threads']}"
+        for name, value in rows.items():
+            self.line(f"{name:<16} {value}")
+        self.line()
+        if self._terminal:
+            self._progress = self._status_line(event.steps)
+
+    def _validation(self, event: Validation) -> None:
+        if event.floor is None:
+            self.line(f"val loss {event.loss:.6f}")
+        else:
+            self.line(
+                f"val loss {event.loss:.4f} nats per byte; a perfect model would get {event.floor:.4f}; "
+                f"gap {event.loss - event.floor:.4f}"
+            )
+
+    def _sample(self, event: Sample) -> None:
+        text = event.text or " ".join(map(str, event.tokens))
+        self.line("generated text:\n---")
+        self.line(text)
+        self.line("---")
+
+    def _step(self, event: Step) -> None:
+        self.done = event.step + 1
+        # The first step touches new memory and the rest do not, so it soon stops counting.
+        self._seconds = event.seconds if event.step < 2 else 0.9 * self._seconds + 0.1 * event.seconds
+        if self._progress is not None:
+            self._progress.update(
+                self._progress.task_ids[0], completed=self.done, loss=f"{event.loss:.4f}",
+                speed=count(event.tokens_per_second), eta=duration(self._seconds * (self.steps - self.done)),
+            )  # fmt: skip
+            self._progress.refresh()
+        every = -(-self.steps // STEP_LINES)
+        due = event.step % every == 0 or self.done == self.steps
+        if due or time.monotonic() - self._last_line >= QUIET_SECONDS:
+            self.line(f"step {event.step}: train loss {event.loss:.6f} (took {event.seconds * 1000:.1f} ms)")
+
+    def _saved(self, event: Saved) -> None:
+        self.line(f"model, run.toml and metrics.jsonl saved in {event.folder}")
+
+    # ---- the status line -----------------------------------------------------------------------------
+
+    def _status_line(self, steps: int) -> Progress | None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+        console = Console(file=self.stream)
+        if console.is_dumb_terminal:
+            return None
+        progress = Progress(
+            TextColumn("step {task.completed}/{task.total}"),
+            TaskProgressColumn(),
+            BarColumn(bar_width=20),
+            TextColumn("loss {task.fields[loss]}"),
+            TextColumn("{task.fields[speed]} tok/s"),
+            TextColumn("ETA {task.fields[eta]}"),
+            console=console,
+            auto_refresh=False,  # a refreshing thread would take time from the kernels'
+            transient=True,
+            redirect_stderr=False,
+            redirect_stdout=False,
+        )
+        progress.add_task("", total=steps, loss="-", speed="-", eta="-")
+        progress.start()
+        return progress
+
+    def elapsed(self) -> str:
+        """Time since this display was made."""
+        return duration(time.monotonic() - self._began)
+
+
+class Transfer:
+    """Shows how far a download or the tokenising of a text has come: a bar on a terminal, else a line per phase."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._progress: Progress | None = None
+        self._shown = 0.0
+
+    def __enter__(self) -> Transfer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def stage(self, text: str) -> None:
+        """A phase begins."""
+        self.__exit__()
+        self._progress = None
+        print(printable(text) if self._stream.isatty() else text, file=self._stream, flush=True)
+
+    def progress(self, done: int, total: int) -> None:
+        """`done` of `total` bytes (0: unknown)."""
+        if not self._stream.isatty():
+            return
+        now = time.monotonic()
+        if self._progress is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+
+            console = Console(file=self._stream)
+            self._progress = Progress(
+                BarColumn(), DownloadColumn(), TimeRemainingColumn(), console=console, auto_refresh=False,
+                transient=True,
+            )  # fmt: skip
+            self._progress.add_task("", total=total or None)
+            self._progress.start()
+        elif now - self._shown < 0.1 and done != total:
+            return
+        self._shown = now
+        self._progress.update(self._progress.task_ids[0], completed=done, total=total or None, refresh=True)
+
+
+# ---- llmc info -------------------------------------------------------------------------------------
+
+# What each optional package is for; llmc runs without them.
+OPTIONAL = {
+    "huggingface_hub": "models from the hub by name",
+    "torch": "llmc reference, tests",
+    "transformers": "tests",
+    "tiktoken": "the gpt2 tokenizer",
+    "pycuda": "NVIDIA GPUs, not in this version",
+}
+
+
+def print_info(stream: TextIO, device: str = "cpu", isa: str | None = None, threads: int | None = None) -> None:
+    """Version, processor, what of it is in use, and which optional packages are there (without importing them)."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    from llmc import __version__, ops
+
+    rows = {
+        "llmc": __version__,
+        "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "processor": processor(),
+    }
+    info = ops.load(device, isa=isa, threads=threads).info()  # type: ignore[attr-defined]
+    rows["instruction set"] = f"{info['isa']} in use; {', '.join(info['isas'])} available"
+    rows["threads"] = str(info["threads"])
+    rows["OpenMP"] = f"specification {info['openmp']}" if info["openmp"] else "built without: one thread"
+    for name in ("numpy", *OPTIONAL):
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            found = "not installed"
+        rows[name] = f"{found} ({OPTIONAL[name]})" if name in OPTIONAL else found
+    for name, value in rows.items():
+        print(f"{name:<16} {value}", file=stream)
+
+
+def processor() -> str:
+    """The processor's name, as the system tells it."""
+    import platform
+
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            for line in file:
+                name, _, value = line.partition(":")
+                if name.strip() in ("model name", "Model", "cpu model"):
+                    return value.strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine() or "unknown"

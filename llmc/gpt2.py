@@ -1,0 +1,359 @@
+"""GPT-2 (Radford et al. 2019): configuration, tables, and three pages - forward, backward, decode.
+
+The model owns arenas and calls `ops`; it knows nothing of files, optimisers or devices.  Shapes follow
+`ops.py`: B sequences of T tokens, C channels, H heads, V vocabulary entries padded to Vp, L layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from llmc.arena import Arena, Array, Row
+from llmc.errors import ConfigError
+from llmc.ops import Ops
+
+LAYERNORM_EPS = 1e-5
+INIT_STD = 0.02
+INIT_CHUNK = 1 << 20  # elements drawn from one counter: fixed, so the values do not depend on threads
+
+
+@dataclass(frozen=True)
+class Config:
+    """The numbers that define a GPT-2.  Raises ConfigError where they do not fit together."""
+
+    max_seq_len: int = 1024
+    vocab_size: int = 50257
+    num_layers: int = 12
+    num_heads: int = 12
+    channels: int = 768
+
+    def __post_init__(self) -> None:
+        for field in ("max_seq_len", "vocab_size", "num_layers", "num_heads", "channels"):
+            if getattr(self, field) < 1:
+                raise ConfigError(field, f"must be at least 1, got {getattr(self, field)}")
+        if self.channels % self.num_heads:
+            raise ConfigError("channels", f"{self.channels} is not a multiple of num_heads {self.num_heads}")
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Vp: the vocabulary rounded up to a multiple of 128, as llm.c's files hold it."""
+        return -(-self.vocab_size // 128) * 128
+
+    @property
+    def num_parameters(self) -> int:
+        """Padded rows of wte not counted."""
+        padding = (self.padded_vocab_size - self.vocab_size) * self.channels
+        return sum(row.size for row in parameter_rows(self)) - padding
+
+
+PRESETS = {
+    "gpt2": Config(),
+    "gpt2-medium": Config(num_layers=24, num_heads=16, channels=1024),
+    "gpt2-large": Config(num_layers=36, num_heads=20, channels=1280),
+    "gpt2-xl": Config(num_layers=48, num_heads=25, channels=1600),
+    "stories": Config(max_seq_len=256, vocab_size=257, num_layers=4, num_heads=4, channels=128),
+    "tiny": Config(max_seq_len=64, vocab_size=257, num_layers=2, num_heads=2, channels=32),
+}
+# Depth names above 12 follow the GPT-2 family, whose width does not grow in proportion to its depth.
+DEPTHS = {24: "gpt2-medium", 36: "gpt2-large", 48: "gpt2-xl"}
+
+
+def preset(name: str) -> Config:
+    """The configuration called `name`: a key of PRESETS, or `d<depth>` (d1 to d12: 64 channels per layer;
+    d24, d36, d48: GPT-2 medium, large and xl).  ConfigError lists the names otherwise."""
+    if name in PRESETS:
+        return PRESETS[name]
+    if name[:1] == "d" and name[1:].isdecimal():
+        depth = int(name[1:])
+        if depth in DEPTHS:
+            return PRESETS[DEPTHS[depth]]
+        if 1 <= depth <= 12:
+            return Config(num_layers=depth, num_heads=depth, channels=64 * depth)
+    raise ConfigError("preset", f"{name!r} is unknown; choose from {', '.join(PRESETS)}, d1 to d12, d24, d36, d48")
+
+
+def parameter_rows(config: Config, dtype: str = "float32") -> list[Row]:
+    """The sixteen parameter tensors, in the order of llm.c's files."""
+    C, L = config.channels, config.num_layers
+
+    def one(name: str, shape: tuple[int, ...], hf: str) -> Row:
+        return Row(name, shape, dtype, decay=len(shape) == 2, hf_name=f"transformer.{hf}")
+
+    def stack(name: str, shape: tuple[int, ...], hf: str) -> Row:
+        # Hugging Face's GPT-2 keeps these matrices as Conv1D weights, (in, out).
+        matrix = len(shape) == 2
+        return Row(name, shape, dtype, L, matrix, f"transformer.h.{{layer}}.{hf}", transpose=matrix)
+
+    return [
+        one("wte", (config.padded_vocab_size, C), "wte.weight"),
+        one("wpe", (config.max_seq_len, C), "wpe.weight"),
+        stack("ln1w", (C,), "ln_1.weight"),
+        stack("ln1b", (C,), "ln_1.bias"),
+        stack("qkvw", (3 * C, C), "attn.c_attn.weight"),
+        stack("qkvb", (3 * C,), "attn.c_attn.bias"),
+        stack("attprojw", (C, C), "attn.c_proj.weight"),
+        stack("attprojb", (C,), "attn.c_proj.bias"),
+        stack("ln2w", (C,), "ln_2.weight"),
+        stack("ln2b", (C,), "ln_2.bias"),
+        stack("fcw", (4 * C, C), "mlp.c_fc.weight"),
+        stack("fcb", (4 * C,), "mlp.c_fc.bias"),
+        stack("fcprojw", (C, 4 * C), "mlp.c_proj.weight"),
+        stack("fcprojb", (C,), "mlp.c_proj.bias"),
+        one("lnfw", (C,), "ln_f.weight"),
+        one("lnfb", (C,), "ln_f.bias"),
+    ]
+
+
+def activation_rows(config: Config, B: int, T: int, dtype: str = "float32") -> list[Row]:
+    """What the forward pass keeps, 16 C per token and layer, and the one buffer the backward pass adds.
+
+    `residual` is the stream before each layer (and after the last), `middle` the stream between a
+    layer's two branches.
+    """
+    C, L, H = config.channels, config.num_layers, config.num_heads
+    return [
+        Row("residual", (B, T, C), dtype, L + 1),
+        Row("ln1", (B, T, C), dtype, L),
+        Row("ln1_mean", (B, T), dtype, L),
+        Row("ln1_rstd", (B, T), dtype, L),
+        Row("qkv", (B, T, 3 * C), dtype, L),
+        Row("atty", (B, T, C), dtype, L),
+        Row("lse", (B, H, T), dtype, L),
+        Row("middle", (B, T, C), dtype, L),
+        Row("ln2", (B, T, C), dtype, L),
+        Row("ln2_mean", (B, T), dtype, L),
+        Row("ln2_rstd", (B, T), dtype, L),
+        Row("fch", (B, T, 4 * C), dtype, L),
+        Row("fch_gelu", (B, T, 4 * C), dtype, L),
+        Row("lnf", (B, T, C), dtype),
+        Row("lnf_mean", (B, T), dtype),
+        Row("lnf_rstd", (B, T), dtype),
+        Row("losses", (B, T), dtype),
+        Row("dresidual", (B, T, C), dtype),
+    ]
+
+
+def cache_rows(config: Config, B: int, dtype: str = "float32") -> list[Row]:
+    """The key-value cache of `decode`."""
+    shape = (B, config.max_seq_len, config.channels)
+    return [Row("keys", shape, dtype, config.num_layers), Row("values", shape, dtype, config.num_layers)]
+
+
+def decode_rows(config: Config, B: int, T: int, dtype: str = "float32") -> list[Row]:
+    """Scratch of `decode` for T new tokens; one layer's worth, since nothing is kept for a backward pass."""
+    C = config.channels
+    return [
+        Row("residual", (B, T, C), dtype),
+        Row("norm", (B, T, C), dtype),
+        Row("mean", (B, T), dtype),
+        Row("rstd", (B, T), dtype),
+        Row("qkv", (B, T, 3 * C), dtype),
+        Row("atty", (B, T, C), dtype),
+        Row("fch", (B, T, 4 * C), dtype),
+        Row("fch_gelu", (B, T, 4 * C), dtype),
+        Row("last", (B, 1, C), dtype),
+        Row("logits", (B, 1, config.vocab_size), dtype),
+    ]
+
+
+class GPT2:
+    """Parameters (zero until `initialise` or a checkpoint fills them) and, after `prepare`, what training needs.
+
+    `dtype` is the storage type of every arena.  `tokenizer` is the caller's to set; the model ignores it.
+    """
+
+    def __init__(self, config: Config, ops: Ops, dtype: str = "float32") -> None:
+        self.config = config
+        self.ops = ops
+        self.dtype = dtype
+        self.tokenizer: Any = None
+        self.params = Arena(parameter_rows(config, dtype), ops.empty)
+        self.grads: Arena | None = None
+        self.acts: Arena | None = None
+        self._scratch: Arena | None = None
+        parameters = self.params.nbytes // self.params.wte.itemsize
+        ops.reserve(channels=config.channels, vocab_size=config.vocab_size, parameters=parameters)
+
+    def initialise(self, seed: int) -> None:
+        """GPT-2's random initialisation: N(0, 0.02) for matrices, the two projections into the residual
+        stream scaled by 1/sqrt(2L), biases 0, norm weights 1, padded rows of wte 0.
+
+        Drawn in fixed chunks from a counter-based generator, so `seed` alone decides the values.
+        """
+        L, V = self.config.num_layers, self.config.vocab_size
+        jobs: list[tuple[Array, int, int, float]] = []
+        for index, (row, tensor) in enumerate(self.params):
+            if len(row.shape) == 1:
+                tensor[...] = 1.0 if row.name in ("ln1w", "ln2w", "lnfw") else 0.0
+                continue
+            std = INIT_STD / math.sqrt(2 * L) if row.name in ("attprojw", "fcprojw") else INIT_STD
+            flat = tensor[:V].reshape(-1) if row.name == "wte" else tensor.reshape(-1)
+            jobs += [
+                (flat[start : start + INIT_CHUNK], index, start // INIT_CHUNK, std)
+                for start in range(0, flat.size, INIT_CHUNK)
+            ]
+        self.params.wte[V:] = 0.0
+
+        def draw(job: tuple[Array, int, int, float]) -> None:
+            chunk, tensor, number, std = job
+            generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, number, tensor]))
+            chunk[...] = std * generator.standard_normal(chunk.size, dtype=np.float32)
+
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(draw, jobs))
+
+    def prepare(self, B: int, T: int, gradients: bool = True) -> None:
+        """Allocate activations for (B, T) and, for training, gradients; nothing happens if they are there.
+
+        ConfigError if T exceeds the model's longest sequence.
+        """
+        if T > self.config.max_seq_len:
+            raise ConfigError("sequence length", f"{T} exceeds the model's {self.config.max_seq_len}")
+        if self.acts is None or self.acts.losses.shape != (B, T):
+            self.acts = None  # freed before its successor is made
+            self.acts = Arena(activation_rows(self.config, B, T, self.dtype), self.ops.empty)
+        if gradients and self.grads is None:
+            self.grads = Arena(parameter_rows(self.config, self.dtype), self.ops.empty)
+
+    @property
+    def losses(self) -> Array:
+        """(B, T): the loss of each token in the last `forward` or `loss`."""
+        assert self.acts is not None, "call prepare() first"
+        return self.acts.losses
+
+    # ---- forward -----------------------------------------------------------------------------------
+
+    def _body(self, tokens: Array) -> Arena:
+        """Everything before the head: acts.lnf from tokens (B, T)."""
+        B, T = tokens.shape
+        self.prepare(B, T, gradients=False)
+        ops, p, a, V = self.ops, self.params, self.acts, self.config.vocab_size
+        assert a is not None
+
+        ops.embedding_forward(a.residual[0], tokens, p.wte, p.wpe, V, 0)
+        for i in range(self.config.num_layers):
+            w, x = p.layer(i), a.layer(i)
+            after = a.layer(i + 1).residual
+            ops.layernorm_forward(x.ln1, x.ln1_mean, x.ln1_rstd, x.residual, w.ln1w, w.ln1b, LAYERNORM_EPS)
+            ops.linear_forward(x.qkv, x.ln1, w.qkvw, w.qkvb)
+            ops.attention_forward(x.atty, x.lse, x.qkv)
+            ops.linear_forward(x.middle, x.atty, w.attprojw, w.attprojb)
+            ops.residual_forward(x.middle, x.residual, x.middle)
+            ops.layernorm_forward(x.ln2, x.ln2_mean, x.ln2_rstd, x.middle, w.ln2w, w.ln2b, LAYERNORM_EPS)
+            ops.linear_gelu_forward(x.fch_gelu, x.fch, x.ln2, w.fcw, w.fcb)
+            ops.linear_forward(after, x.fch_gelu, w.fcprojw, w.fcprojb)
+            ops.residual_forward(after, x.middle, after)
+        final = a.layer(self.config.num_layers).residual
+        ops.layernorm_forward(a.lnf, a.lnf_mean, a.lnf_rstd, final, p.lnfw, p.lnfb, LAYERNORM_EPS)
+        return a
+
+    def forward(self, tokens: Array, targets: Array, *, scale: float | None = None, accumulate: bool = False) -> float:
+        """Mean loss over tokens, targets (B, T) int32, and the head's backward with it.
+
+        `scale` multiplies every token's loss in the gradient (default 1/(B T), the mean); `accumulate`
+        adds to the gradients instead of overwriting them.  Follow with `backward`.
+        """
+        B, T = tokens.shape
+        self.prepare(B, T)
+        a = self._body(tokens)
+        assert self.grads is not None
+        scale = 1.0 / max(1, B * T) if scale is None else scale
+        self.ops.head_loss(
+            a.losses, a.lnf, self.grads.wte, a.lnf, self.params.wte, targets, self.config.vocab_size, scale, accumulate
+        )
+        return float(np.mean(a.losses, dtype=np.float64))
+
+    def loss(self, tokens: Array, targets: Array) -> float:
+        """Mean loss over tokens, targets (B, T); no gradients."""
+        a = self._body(tokens)
+        self.ops.head_loss(
+            a.losses, None, None, a.lnf, self.params.wte, targets, self.config.vocab_size, 1.0, accumulate=False
+        )
+        return float(np.mean(a.losses, dtype=np.float64))
+
+    def logits(self, tokens: Array) -> Array:
+        """Logits (B, T, V) for tokens (B, T): a new array of B T V floats, for tests and `verify`."""
+        a = self._body(tokens)
+        out = self.ops.empty((*tokens.shape, self.config.vocab_size), self.dtype)
+        self.ops.head_logits(out, a.lnf, self.params.wte, self.config.vocab_size)
+        return out
+
+    # ---- backward ----------------------------------------------------------------------------------
+
+    def backward(self, tokens: Array, accumulate: bool = False) -> None:
+        """The rest of the backward pass after `forward(tokens, ...)`; gradients are left in `grads`.
+
+        Works in place: each gradient overwrites the activation that was its partner and is dead by then.
+        """
+        ops, p, g, a = self.ops, self.params, self.grads, self.acts
+        if g is None or a is None:
+            raise RuntimeError("backward() needs a forward() before it")
+        acc = accumulate
+        dresidual = a.dresidual
+
+        ops.zero(dresidual)
+        final = a.layer(self.config.num_layers).residual
+        ops.layernorm_backward(dresidual, g.lnfw, g.lnfb, a.lnf, final, a.lnf_mean, a.lnf_rstd, p.lnfw, acc)
+        for i in reversed(range(self.config.num_layers)):
+            w, d, x = p.layer(i), g.layer(i), a.layer(i)
+            datty = x.ln2
+            dqkv = x.fch.reshape(-1)[: x.qkv.size].reshape(x.qkv.shape)
+            ops.linear_backward(x.fch_gelu, d.fcprojw, d.fcprojb, dresidual, x.fch_gelu, w.fcprojw, acc)
+            ops.linear_gelu_backward(x.ln2, d.fcw, d.fcb, x.fch_gelu, x.fch_gelu, x.fch, x.ln2, w.fcw, acc)
+            ops.layernorm_backward(
+                dresidual, d.ln2w, d.ln2b, x.ln2, x.middle, x.ln2_mean, x.ln2_rstd, w.ln2w, acc
+            )
+            ops.linear_backward(datty, d.attprojw, d.attprojb, dresidual, x.atty, w.attprojw, acc)
+            ops.attention_backward(dqkv, datty, x.qkv, x.atty, x.lse)
+            ops.linear_backward(x.ln1, d.qkvw, d.qkvb, dqkv, x.ln1, w.qkvw, acc)
+            ops.layernorm_backward(
+                dresidual, d.ln1w, d.ln1b, x.ln1, x.residual, x.ln1_mean, x.ln1_rstd, w.ln1w, acc
+            )
+        ops.embedding_backward(g.wte, g.wpe, dresidual, tokens, acc)
+
+    # ---- decode ------------------------------------------------------------------------------------
+
+    def new_cache(self, B: int = 1) -> Arena:
+        """An empty key-value cache for B sequences of up to `max_seq_len` tokens."""
+        return Arena(cache_rows(self.config, B, self.dtype), self.ops.empty)
+
+    def decode(self, cache: Arena, tokens: Array, position: int) -> Array:
+        """Logits (B, V) of the token after `tokens` (B, T), which follow the `position` tokens in the cache.
+
+        Prefill passes the whole prompt, then one token at a time.  The result is a view that the next
+        call overwrites.  ValueError past `max_seq_len`.
+        """
+        B, T = tokens.shape
+        if self._scratch is None or self._scratch.mean.shape != (B, T):
+            self._scratch = Arena(decode_rows(self.config, B, T, self.dtype), self.ops.empty)
+        ops, p, s, V = self.ops, self.params, self._scratch, self.config.vocab_size
+
+        ops.embedding_forward(s.residual, tokens, p.wte, p.wpe, V, position)
+        for i in range(self.config.num_layers):
+            w, kv = p.layer(i), cache.layer(i)
+            ops.layernorm_forward(s.norm, s.mean, s.rstd, s.residual, w.ln1w, w.ln1b, LAYERNORM_EPS)
+            ops.linear_forward(s.qkv, s.norm, w.qkvw, w.qkvb)
+            ops.attention_decode(s.atty, kv.keys, kv.values, s.qkv, self.config.num_heads, position)
+            ops.linear_forward(s.norm, s.atty, w.attprojw, w.attprojb)
+            ops.residual_forward(s.residual, s.residual, s.norm)
+            ops.layernorm_forward(s.norm, s.mean, s.rstd, s.residual, w.ln2w, w.ln2b, LAYERNORM_EPS)
+            ops.linear_gelu_forward(s.fch_gelu, s.fch, s.norm, w.fcw, w.fcb)
+            ops.linear_forward(s.norm, s.fch_gelu, w.fcprojw, w.fcprojb)
+            ops.residual_forward(s.residual, s.residual, s.norm)
+        for last, mean, rstd, x in self._last_tokens(s):
+            ops.layernorm_forward(last, mean, rstd, x, p.lnfw, p.lnfb, LAYERNORM_EPS)
+        ops.head_logits(s.logits, s.last, p.wte, V)
+        return s.logits[:, 0]
+
+    @staticmethod
+    def _last_tokens(s: Arena) -> Iterator[tuple[Array, ...]]:
+        """Each sequence's last token alone: its slices are contiguous, those of all sequences are not."""
+        for b in range(s.last.shape[0]):
+            one = slice(b, b + 1)
+            yield s.last[one], s.mean[one, -1:], s.rstd[one, -1:], s.residual[one, -1:]

@@ -1,0 +1,198 @@
+"""What people call a model - a file, a folder, a name - to a model with weights; and a model to a folder.
+
+`load("d12")` is random, `load("model.bin")` reads llm.c's file, `load("folder")` a Hugging Face folder,
+`load("gpt2")` and `load("owner/model")` fetch from the hub.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+from llmc import checkpoint, hub
+from llmc import ops as contract
+from llmc import tokenizer as tokenizers
+from llmc.arena import Row
+from llmc.checkpoint import Dimensions, PathLike
+from llmc.errors import ConfigError, DownloadError, FileFormatError, MissingDependencyError
+from llmc.gpt2 import GPT2, PRESETS, Config, parameter_rows, preset
+from llmc.ops import Ops
+
+# As a source, a published model's name means its weights.
+HUB_NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+SAME_ARCHITECTURE = {"gpt2": "d12", "gpt2-medium": "d24", "gpt2-large": "d36", "gpt2-xl": "d48"}
+TOKENIZERS = {257: "bytes", 50257: "gpt2"}  # by vocabulary, where a file does not say
+TOKENIZER_FILE = "tokenizer.bin"
+
+
+def load(
+    source: PathLike, *, device: str = "cpu", isa: str | None = None, threads: int | None = None,
+    seed: int = 0, vocab_size: int | None = None, max_seq_len: int | None = None, ops: Ops | None = None,
+) -> GPT2:
+    """A model with weights and, in `.tokenizer`, its tokenizer (None where none is known or to be had).
+
+    `source`, in this order:
+
+    * a name of our own ("stories", "tiny", "d12"): random weights from `seed`.  `vocab_size` and
+      `max_seq_len` replace the preset's.
+    * a path to llm.c's model `.bin`, or to a Hugging Face folder (write "./stories" for a folder that is
+      called like a preset).
+    * "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", or "owner/model": the weights from the hub.
+
+    Of weights that are read, `vocab_size` must be the one asked for and `max_seq_len` at least that.
+    `ops` is a backend already set up, instead of `device`, `isa` and `threads`.  Raises ConfigError,
+    FileFormatError, DownloadError or MissingDependencyError.
+    """
+    name = os.fspath(source)
+    backend = contract.load(device, isa=isa, threads=threads) if ops is None else ops
+    if is_preset(name):
+        config = preset(name)
+        changes = {"vocab_size": vocab_size, "max_seq_len": max_seq_len}
+        config = replace(config, **{field: value for field, value in changes.items() if value is not None})
+        model = GPT2(config, backend)
+        model.initialise(seed)
+        model.tokenizer = _tokenizer_or_none(TOKENIZERS.get(config.vocab_size))
+        return model
+    path = locate(name)
+    model = _from_folder(path, backend) if path.is_dir() else _from_file(path, backend)
+    if vocab_size is not None and vocab_size != model.config.vocab_size:
+        raise ConfigError("vocab_size", f"{vocab_size} asked for, {name} has {model.config.vocab_size}")
+    if max_seq_len is not None and max_seq_len > model.config.max_seq_len:
+        raise ConfigError("max_seq_len", f"{max_seq_len} asked for, {name} has {model.config.max_seq_len}")
+    return model
+
+
+def is_preset(name: str) -> bool:
+    """Whether `name` as a source means random weights."""
+    return (name in PRESETS and name not in HUB_NAMES) or re.fullmatch(r"d[0-9]+", name) is not None
+
+
+def locate(name: str) -> Path:
+    """The local file or folder that a source other than a preset stands for, fetched if need be."""
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    if name in HUB_NAMES:
+        try:
+            return hub.fetch(HUB_NAMES[name])
+        except (DownloadError, MissingDependencyError) as error:
+            random = SAME_ARCHITECTURE[name]
+            raise type(error)(f"{error}; {random!r} is the same architecture with random weights") from error
+    if re.fullmatch(r"[^/\\.~][^/\\]*/[^/\\]+", name) and not name.endswith((".bin", ".safetensors")):
+        if not Path(name).parent.is_dir():  # else it is rather a slip in a path
+            return hub.fetch(name)
+    if re.search(r"[/\\.]", name):
+        raise FileFormatError(name, "file", "does not exist")
+    ours = ", ".join(known for known in PRESETS if known not in HUB_NAMES)
+    raise ConfigError(
+        "init",
+        f"{name!r} is no file, no folder and no known name; known are {', '.join(HUB_NAMES)} (from the hub), "
+        f"{ours}, d1 to d12, d24, d36, d48 (random), and owner/model on the hub",
+    )
+
+
+def _from_file(path: Path, ops: Ops) -> GPT2:
+    if path.suffix == ".safetensors":
+        raise FileFormatError(path, "file", "give the folder that holds it and config.json")
+    _, dimensions = checkpoint.read_model_header(path, rows_for)
+    model = GPT2(config_of(dimensions), ops)
+    checkpoint.read_model(path, dimensions, model.params)
+    model.tokenizer = _tokenizer_or_none(TOKENIZERS.get(model.config.vocab_size))
+    return model
+
+
+def _from_folder(folder: Path, ops: Ops) -> GPT2:
+    dimensions, name = checkpoint.read_folder_config(folder)
+    V = dimensions.vocab_size
+    checkpoint.check_folder(folder, rows_for(dimensions), V)  # before a wrong config.json allocates terabytes
+    tokenizer = _tokenizer_or_none(_tokenizer_in(folder, name) or TOKENIZERS.get(V))
+    if tokenizer is not None and tokenizer.vocab_size > V:
+        detail = f"{name!r} has {tokenizer.vocab_size} entries, the model {V}"
+        raise FileFormatError(folder / checkpoint.CONFIG_FILE, checkpoint.TOKENIZER_FIELD, detail)
+    model = GPT2(config_of(dimensions), ops)
+    checkpoint.read_folder(folder, model.params, V)
+    model.tokenizer = tokenizer
+    return model
+
+
+def config_of(dimensions: Dimensions) -> Config:
+    """The configuration a file's numbers describe."""
+    return Config(
+        dimensions.max_seq_len, dimensions.vocab_size, dimensions.num_layers, dimensions.num_heads,
+        dimensions.channels,
+    )  # fmt: skip
+
+
+def dimensions_of(config: Config) -> Dimensions:
+    """A configuration's numbers as files carry them."""
+    return Dimensions(
+        config.max_seq_len, config.vocab_size, config.num_layers, config.num_heads, config.channels
+    )  # fmt: skip
+
+
+def rows_for(dimensions: Dimensions) -> list[Row]:
+    """The parameter table of a file's model."""
+    return parameter_rows(config_of(dimensions))
+
+
+# ---- tokenizers ------------------------------------------------------------------------------------
+
+
+def require_tokenizer(model: GPT2) -> tokenizers.Tokenizer:
+    """The model's tokenizer; where it has none, the error that says why."""
+    if model.tokenizer is None:
+        name = TOKENIZERS.get(model.config.vocab_size)
+        if name is None:
+            raise ConfigError("tokenizer", f"none is known for a vocabulary of {model.config.vocab_size}")
+        model.tokenizer = tokenizers.load(name)
+    return cast(tokenizers.Tokenizer, model.tokenizer)
+
+
+def _tokenizer_in(folder: Path, name: str | None) -> str | None:
+    """A folder's tokenizer as `tokenizer.load` takes it: a name, or a file of this folder and no other."""
+    if not name or name in TOKENIZERS.values():
+        return name or None
+    if os.path.basename(name) != name or not (folder / name).is_file():
+        detail = f"{name!r} is neither {', '.join(TOKENIZERS.values())} nor a file in this folder"
+        raise FileFormatError(folder / checkpoint.CONFIG_FILE, checkpoint.TOKENIZER_FIELD, detail)
+    return str(folder / name)
+
+
+def _tokenizer_or_none(name: str | None) -> Any:
+    """A model is of use without a tokenizer whose vocabulary cannot be fetched just now."""
+    if name is None:
+        return None
+    try:
+        return tokenizers.load(name)
+    except (DownloadError, MissingDependencyError):
+        return None
+
+
+# ---- saving ----------------------------------------------------------------------------------------
+
+
+def save(model: GPT2, folder: PathLike, tokenizer_name: str | None = None) -> None:
+    """Write `model` as a Hugging Face folder (config.json, model.safetensors in fp32), created if need be.
+
+    `tokenizer_name` ("bytes", "gpt2" or a tokenizer .bin, which is copied along) is what `load` will
+    give the model; by default the model's own.  Each file is replaced whole or not at all; the weights
+    come first, so a folder with a config.json is complete.  ConfigError where it cannot be written.
+    """
+    name = tokenizer_name or getattr(model.tokenizer, "name", None)
+    known = None if name is None or name in TOKENIZERS.values() else tokenizers.load(name)
+    checkpoint.make_folder(folder)
+    if known is not None:
+        name = TOKENIZER_FILE
+        tokenizers.write_tokenizer_file(os.path.join(folder, name), known.tokens(), known.eot)  # type: ignore[attr-defined]
+    eot = {"bytes": 256, "gpt2": 50256}.get(name or "", None if known is None else known.eot)
+    V = model.config.vocab_size
+    checkpoint.write_folder_weights(folder, model.params, V)
+    checkpoint.write_folder_config(folder, dimensions_of(model.config), tokenizer=name, eot=eot)
+
+
+def save_bin(model: GPT2, path: PathLike, version: int = 3) -> None:
+    """Write `model` as llm.c's model file: version 1 (fp32, unpadded), 3 (fp32) or 5 (bf16)."""
+    checkpoint.write_model(path, version, dimensions_of(model.config), model.params)

@@ -1,0 +1,398 @@
+"""The training loop: a configuration in, events out.
+
+    for event in train(TrainConfig(init="d12", train_data="data/tiny_shakespeare_train.bin")):
+        print(event)
+
+`train` prints nothing and parses nothing: the command line shows its events, tests compare them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, TextIO
+
+from llmc import evaluation, gpt2, loading, recipes, sampling, schedule
+from llmc.adamw import AdamW
+from llmc.data import Shards, find_shards
+from llmc.errors import ConfigError, DivergenceError
+from llmc.gpt2 import GPT2
+from llmc.stories import Stories
+
+DTYPES = ("fp32",)
+VALIDATION_SEED = 0  # of the held-out stories: one fixed text, so losses of different runs compare
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a run: the options of `llmc train` and the keys of its TOML files.
+
+    The defaults suit short runs of GPT-2 on prepared token files; `TrainConfig.recipe("stories")` is the
+    embedded run that needs no files.  ConfigError, naming the field, where a value makes no sense.
+    """
+
+    init: str = "stories"  # model .bin, Hugging Face folder or name, preset, d12
+    train_data: str = ""  # token files, a name or a pattern; "": stories the package writes itself
+    val_data: str = ""
+    out: str = ""  # folder for the model, run.toml and metrics.jsonl; "": nothing is written
+    batch_size: int = 4  # sequences per forward pass
+    sequence_length: int = 64  # tokens per sequence
+    total_batch: int = 0  # tokens per update, a multiple of batch_size * sequence_length; 0: that product
+    steps: int = 100  # updates; -1: one pass over the training data
+    lr: float = 3e-4
+    schedule: str = "constant"
+    warmup: int = 0  # updates over which the learning rate rises
+    final_lr_fraction: float = 0.0  # of lr, where the schedule ends
+    weight_decay: float = 0.0  # on matrices alone
+    grad_clip: float = 1.0  # largest global norm of the gradient; 0: off
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    val_every: int = 20  # updates; 0: never
+    val_batches: int = 20
+    sample_every: int = 20  # updates; 0: never
+    sample_length: int = 64  # tokens
+    overfit: bool = False  # the first batch again and again
+    shuffle: bool = False  # the training data's windows in an order drawn from the seed
+    dtype: str = "fp32"
+    device: str = "cpu"
+    threads: int = 0  # 0: OMP_NUM_THREADS, else the physical cores
+    isa: str = ""  # "": LLMC_ISA, else the best this CPU has
+    seed: int = 0  # of the initial weights, the samples and the order of the data
+
+    def __post_init__(self) -> None:
+        for name, kind in TrainConfig.types().items():
+            object.__setattr__(self, name, recipes.typed(name, getattr(self, name), kind))
+        for name in ("batch_size", "sequence_length", "val_batches", "sample_length"):
+            self._at_least(name, 1)
+        for name in (
+            "total_batch", "lr", "warmup", "final_lr_fraction", "weight_decay", "grad_clip", "beta1", "beta2",
+            "val_every", "sample_every", "threads", "seed",
+        ):  # fmt: skip
+            self._at_least(name, 0)
+        self._at_least("steps", -1)
+        for name in ("beta1", "beta2"):
+            if getattr(self, name) >= 1:
+                raise ConfigError(name, f"must be less than 1, got {getattr(self, name)}")
+        if not self.eps > 0 or math.isinf(self.eps):
+            raise ConfigError("eps", f"must be a number above 0, got {self.eps}")
+        if self.total_batch % (self.batch_size * self.sequence_length):
+            raise ConfigError(
+                "total_batch",
+                f"{self.total_batch} is not a multiple of batch_size * sequence_length = "
+                f"{self.batch_size} * {self.sequence_length} = {self.batch_size * self.sequence_length}",
+            )
+        schedule.check(self.schedule)
+        if self.dtype not in DTYPES:
+            known = ", ".join(DTYPES)
+            raise ConfigError("dtype", f"{self.dtype!r} is not available in this version; choose {known}")
+        if self.val_data and not self.train_data:
+            raise ConfigError("val_data", "is given without train_data")
+
+    def _at_least(self, name: str, low: int) -> None:
+        value = getattr(self, name)
+        if not (math.isfinite(value) and value >= low):
+            raise ConfigError(name, f"must be at least {low}, got {value}")
+
+    @staticmethod
+    def types() -> dict[str, type]:
+        """The type of every field."""
+        return {field.name: type(field.default) for field in fields(TrainConfig)}
+
+    @staticmethod
+    def recipe(name_or_path: str | os.PathLike[str], **changes: Any) -> TrainConfig:
+        """The recipe of that name, or a TOML file, with `changes`; ConfigError names the file and the key."""
+        return TrainConfig(**{**recipes.load(name_or_path, TrainConfig.types()), **changes})
+
+    @property
+    def micro_batches(self) -> int:
+        """Forward and backward passes per update."""
+        return max(1, self.total_batch // (self.batch_size * self.sequence_length))
+
+    @property
+    def tokens_per_update(self) -> int:
+        return self.micro_batches * self.batch_size * self.sequence_length
+
+
+# ---- events ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Started:
+    """The first event: what is about to be trained, on what."""
+
+    model: gpt2.Config
+    parameters: int
+    activations: int  # numbers kept per forward pass, all tensors together
+    activation_bytes: int
+    steps: int
+    tokens_per_update: int
+    train_batches: int | None  # of batch_size * sequence_length tokens; None: unlimited
+    val_batches: int | None  # None: unlimited; 0: there is no validation data
+    backend: dict[str, Any]  # what the device says of itself: isa, threads
+
+
+@dataclass(frozen=True)
+class Step:
+    """Update number `step` (from 0) is done."""
+
+    step: int
+    loss: float  # nats per token, before the update
+    norm: float  # of the gradient, before clipping
+    lr: float
+    seconds: float
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The loss on held-out text after `step` updates.
+
+    `floor` is what a model that knew the text's grammar would have scored on the same text, where that is
+    known (the embedded stories), else None.
+    """
+
+    step: int
+    loss: float
+    floor: float | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the model writes from nothing after `step` updates; no `text` where no tokenizer is known."""
+
+    step: int
+    text: str
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The last event where there is a folder to write to: the model after `step` updates lies in `folder`."""
+
+    step: int
+    folder: str
+
+
+Event = Started | Step | Validation | Sample | Saved
+
+
+# ---- the loop --------------------------------------------------------------------------------------
+
+
+def train(
+    config: TrainConfig | None = None, model: GPT2 | None = None, *, stop: Callable[[], bool] | None = None
+) -> Iterator[Event]:
+    """Train as `config` says (None: the recipe `stories`), yielding events.
+
+    `model`, if given, is trained in place and `config.init` is only noted; else it is loaded.  `stop` is
+    asked before every update whether to end the run early, which then saves its model like any other.
+
+    Validation and sampling happen when the number of updates done is a multiple of their interval:
+    validation at 0 too, and both after the last update only if its count is such a multiple.
+
+    Raises ConfigError or another LlmcError before the first update for whatever cannot work;
+    DivergenceError when a loss or a norm is not finite.  That update is not applied, and the model in
+    `config.out`, if there was one, is left as it was.
+    """
+    if config is None:
+        config = TrainConfig.recipe("stories")
+    return _run(config, model, stop or (lambda: False))
+
+
+def _run(config: TrainConfig, model: GPT2 | None, stop: Callable[[], bool]) -> Iterator[Event]:
+    _check_inputs(config)
+    if model is None:
+        model = loading.load(
+            config.init, device=config.device, isa=config.isa or None, threads=config.threads or None,
+            seed=config.seed,
+        )  # fmt: skip
+    B, T = config.batch_size, config.sequence_length
+    model.prepare(B, T)
+    data, held_out = _open_data(config, model)
+    steps = _steps(config, data)
+    assert model.grads is not None and model.acts is not None
+    optimizer = AdamW(
+        model.params.table, model.params, model.grads, model.ops,
+        beta1=config.beta1, beta2=config.beta2, eps=config.eps, weight_decay=config.weight_decay,
+    )
+    with _Output(config) as output:
+        yield Started(
+            model=model.config,
+            parameters=model.config.num_parameters,
+            activations=sum(row.size for row in model.acts.table),
+            activation_bytes=model.acts.nbytes,
+            steps=steps,
+            tokens_per_update=config.tokens_per_update,
+            train_batches=data.num_batches,
+            val_batches=0 if held_out is None else held_out.num_batches,
+            backend=model.ops.info() if hasattr(model.ops, "info") else {},
+        )
+        step = 0
+        while True:
+            if config.val_every and step % config.val_every == 0 and held_out is not None:
+                event = _validate(config, model, held_out, step)
+                output.log({"step": step, "val_loss": event.loss})
+                yield event
+            if config.sample_every and step > 0 and step % config.sample_every == 0:
+                yield _sample(config, model, step)
+            if step == steps or stop():
+                break
+            done = _update(config, model, optimizer, data, step, steps)
+            output.log(asdict(done))
+            yield done
+            step += 1
+        if config.out:
+            _require_finite(model.ops.global_norm(model.params.flat), "weights' norm", step, "not saved")
+            output.save(model)
+            yield Saved(step, config.out)
+
+
+def _update(
+    config: TrainConfig, model: GPT2, optimizer: AdamW, data: evaluation.Batches, step: int, steps: int
+) -> Step:
+    """Update number `step`: gradients of the mean loss over all micro batches, clipped, applied."""
+    began = time.perf_counter()
+    if config.overfit:
+        data.reset()
+    count = config.micro_batches
+    scale = 1.0 / config.tokens_per_update
+    loss = 0.0
+    for micro in range(count):
+        tokens, targets = data.next()
+        mean = model.forward(tokens, targets, scale=scale, accumulate=micro > 0)
+        _require_finite(mean, "loss", step, "the update was not applied")
+        model.backward(tokens, accumulate=micro > 0)
+        loss += mean / count
+    assert model.grads is not None
+    norm = model.ops.global_norm(model.grads.flat)
+    _require_finite(norm, "gradient norm", step, "the update was not applied")
+    lr = schedule.learning_rate(
+        step, kind=config.schedule, lr=config.lr, warmup=config.warmup, steps=steps,
+        final_fraction=config.final_lr_fraction,
+    )  # fmt: skip
+    clipped = 0 < config.grad_clip < norm
+    optimizer.step(lr, config.grad_clip / norm if clipped else 1.0)
+    seconds = time.perf_counter() - began
+    return Step(step, loss, norm, lr, seconds, config.tokens_per_update / seconds)
+
+
+def _validate(config: TrainConfig, model: GPT2, held_out: Shards | Stories, step: int) -> Validation:
+    batches = min(config.val_batches, held_out.num_batches or config.val_batches)
+    loss = evaluation.mean_loss(model, held_out, batches)
+    _require_finite(loss, "validation loss", step, "training stopped")
+    return Validation(step, loss, held_out.floor(batches) if isinstance(held_out, Stories) else None)
+
+
+def _sample(config: TrainConfig, model: GPT2, step: int) -> Sample:
+    tokens = sampling.generate(model, [], config.sample_length, seed=config.seed + step)
+    return Sample(step, model.tokenizer.decode(tokens) if model.tokenizer else "", tuple(tokens))
+
+
+def _require_finite(value: float, what: str, step: int, consequence: str) -> None:
+    if not math.isfinite(value):
+        raise DivergenceError(f"step {step}: the {what} is {value}; {consequence}")
+
+
+# ---- data ------------------------------------------------------------------------------------------
+
+
+def _check_inputs(config: TrainConfig) -> None:
+    """What can be told in no time, before a large model is read."""
+    for field in ("train_data", "val_data"):
+        pattern = getattr(config, field)
+        if pattern:
+            try:
+                find_shards(pattern)
+            except ConfigError:
+                raise ConfigError(
+                    field,
+                    f"no file matches {pattern!r}; `llmc data tinyshakespeare` writes "
+                    "data/tiny_shakespeare_train.bin and data/tiny_shakespeare_val.bin",
+                ) from None
+    if config.out:
+        existing = Path(config.out).absolute()
+        while not existing.exists() and existing != existing.parent:
+            existing = existing.parent
+        if not existing.is_dir():
+            raise ConfigError("out", f"{config.out}: {existing} is not a folder")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise ConfigError("out", f"{config.out}: {existing} is not writable")
+
+
+def _open_data(config: TrainConfig, model: GPT2) -> tuple[Shards | Stories, Shards | Stories | None]:
+    """Training data and, where there is any, validation data."""
+    B, T, V = config.batch_size, config.sequence_length, model.config.vocab_size
+    if not config.train_data:
+        if V != Stories.vocab_size or getattr(model.tokenizer, "name", "") != "bytes":
+            raise ConfigError(
+                "train_data",
+                f"the model {config.init!r} needs text to train on; `llmc data tinyshakespeare` makes some "
+                "for GPT-2, then: --train-data data/tiny_shakespeare_train.bin "
+                "--val-data data/tiny_shakespeare_val.bin",
+            )
+        return (
+            Stories(B, T, seed=config.seed, split="train"),
+            Stories(B, T, seed=VALIDATION_SEED, split="val"),
+        )
+    seed = config.seed if config.shuffle else None
+    data = Shards(config.train_data, B, T, shuffle_seed=seed, vocab_size=V)
+    held_out = Shards(config.val_data, B, T, vocab_size=V) if config.val_data else None
+    for shards in (data, held_out):
+        if shards is not None:  # a vocabulary that does not match shows in the first batch: before anything is written
+            shards.next()
+            shards.reset()
+    return data, held_out
+
+
+def _steps(config: TrainConfig, data: Shards | Stories) -> int:
+    if config.steps >= 0:
+        return config.steps
+    if data.num_batches is None:
+        raise ConfigError("steps", "-1 means one pass over the training data; the embedded stories never end")
+    return max(1, data.num_batches // config.micro_batches)
+
+
+# ---- output ----------------------------------------------------------------------------------------
+
+
+class _Output:
+    """The folder `config.out`: run.toml and metrics.jsonl from the start, the model at the end.
+
+    A run owns its metrics: those of an earlier run in the same folder are replaced.  An earlier model stays
+    until the new one is whole.  ConfigError where the folder cannot be made or written to.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.metrics: TextIO | None = None
+
+    def __enter__(self) -> _Output:
+        if not self.config.out:
+            return self
+        folder = Path(self.config.out)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            recipes.write(folder / "run.toml", asdict(self.config))
+            self.metrics = open(folder / "metrics.jsonl", "w", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError("out", f"{self.config.out} cannot be written to: {error.strerror}") from error
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.metrics is not None:
+            self.metrics.close()
+
+    def log(self, row: dict[str, Any]) -> None:
+        """One line of metrics.jsonl, on its way to the disk before the next step begins."""
+        if self.metrics is not None:
+            self.metrics.write(json.dumps(row, allow_nan=False) + "\n")
+            self.metrics.flush()
+
+    def save(self, model: GPT2) -> None:
+        loading.save(model, self.config.out, getattr(model.tokenizer, "name", ""))

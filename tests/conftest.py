@@ -1,0 +1,75 @@
+"""Fixtures for all tests.
+
+`ops` is a backend: the CPU's, once for each instruction set.  Those that this machine cannot run are
+reported as skipped, with the reason.  Tests find data through LLMC_TEST_DATA alone; LLMC_TEST_LIGHT=1
+leaves out the tests marked `heavy`, for emulators.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+# Threads that wait must not spin: test machines are shared, and the ops under test are short.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+ISAS = ("scalar", "avx2", "avx512", "neon")
+
+# What the op tests may need of the workspace: the widest row, the largest vocabulary and tensor in them.
+CHANNELS, VOCABULARY, PARAMETERS = 4096, 8192, 1 << 21
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if os.environ.get("LLMC_TEST_LIGHT", "0") in ("", "0"):
+        return
+    for item in items:
+        if item.get_closest_marker("heavy"):
+            item.add_marker(pytest.mark.skip(reason="heavy, and LLMC_TEST_LIGHT is set"))
+
+
+def configured(isa: str | None, threads: int) -> Iterator[ModuleType]:
+    """The CPU backend set to one instruction set, and set back afterwards."""
+    from llmc import _cpu
+
+    if isa is not None and isa not in _cpu.all_isas():
+        pytest.skip(f"{isa} is not compiled in on this architecture")
+    if isa is not None and isa not in _cpu.isas():
+        pytest.skip(f"this CPU cannot run {isa}")
+    before = _cpu.info()
+    _cpu.configure(isa=isa or before["isa"], threads=threads)
+    _cpu.reserve(CHANNELS, VOCABULARY, PARAMETERS)
+    try:
+        yield _cpu
+    finally:
+        _cpu.configure(isa=before["isa"], threads=before["threads"])
+
+
+@pytest.fixture(params=[f"cpu-{isa}" for isa in ISAS])
+def ops(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    """A backend, set up with two threads and a workspace large enough for any op test."""
+    yield from configured(request.param.removeprefix("cpu-"), threads=2)
+
+
+@pytest.fixture
+def cpu() -> Iterator[ModuleType]:
+    """The CPU backend on the instruction set in use: for what does not depend on it."""
+    yield from configured(None, threads=2)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(20240520)
+
+
+@pytest.fixture
+def test_data() -> Path:
+    """The folder of test data (tinyshakespeare.txt, tiktoken_cache)."""
+    folder = os.environ.get("LLMC_TEST_DATA")
+    if not folder:
+        pytest.skip("LLMC_TEST_DATA is not set")
+    return Path(folder)

@@ -1,0 +1,344 @@
+"""Every backend has the functions of `ops.Ops`, with its signatures, and refuses whatever else is passed.
+
+What a refusal must be: a ValueError (a TypeError for what is no array), naming the argument, before any
+output was touched.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+from guard import OUTPUTS, Arguments, Array, Sizes, example, names
+from numpy.random import Generator
+
+from llmc.errors import ConfigError
+from llmc.ops import Ops, load
+
+CONTRACT = {
+    name: list(inspect.signature(function).parameters)[1:]
+    for name, function in inspect.getmembers(Ops, inspect.isfunction)
+    if not name.startswith("_")
+}
+SIZES = Sizes(C=15, H=3)  # neither H + 1 nor H - 1 divides C
+
+
+# ---- the functions ---------------------------------------------------------------------------------
+
+
+def missing_or_different(module: ModuleType) -> list[str]:
+    """What keeps `module` from being a backend, in words."""
+    faults = []
+    for name, parameters in CONTRACT.items():
+        function = getattr(module, name, None)
+        if function is None:
+            faults.append(f"{name} is missing")
+        elif (found := list(inspect.signature(function).parameters)) != parameters:
+            faults.append(f"{name} takes {found}, not {parameters}")
+    return faults
+
+
+def test_reference_is_a_backend() -> None:
+    assert missing_or_different(reference) == []
+
+
+def test_cpu_is_a_backend(cpu: ModuleType) -> None:
+    assert missing_or_different(cpu) == []
+
+
+def test_every_op_has_tests() -> None:
+    """guard.OUTPUTS and guard.example, on which the op tests stand, leave nothing out."""
+    assert set(OUTPUTS) == set(CONTRACT) - {"empty", "reserve"}
+    rng = np.random.default_rng(0)
+    for op in OUTPUTS:
+        assert list(example(op, rng, SIZES)) == CONTRACT[op]
+
+
+def test_every_op_is_documented(cpu: ModuleType) -> None:
+    for name in CONTRACT:
+        assert (getattr(Ops, name).__doc__ or "").strip(), f"Ops.{name} has no docstring"
+
+
+@pytest.mark.parametrize("op", OUTPUTS)
+def test_examples_are_valid(cpu: ModuleType, rng: Generator, op: str) -> None:
+    """The arguments that the refusals below start from are accepted, by position and by name."""
+    getattr(cpu, op)(*example(op, rng, SIZES).values())
+    getattr(cpu, op)(**example(op, rng, SIZES))
+
+
+def test_load(cpu: ModuleType) -> None:
+    assert load("cpu") is cpu
+    with pytest.raises(ConfigError, match=r"device: 'tpu'.*cpu"):
+        load("tpu")
+
+
+# ---- memory ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float32", "int32", "uint16"])
+@pytest.mark.parametrize("shape", [(1,), (3, 5), (0,), (2, 0), (1000003,), (4 << 20,)])
+def test_empty(cpu: ModuleType, shape: tuple[int, ...], dtype: str) -> None:
+    """Zero-filled, contiguous, aligned to a cache line, writable, and its own."""
+    first, second = cpu.empty(shape, dtype), cpu.empty(shape, dtype)
+    for array in (first, second):
+        assert (array.shape, array.dtype) == (shape, np.dtype(dtype))
+        assert array.flags.c_contiguous and array.flags.writeable and not array.any()
+        assert array.size == 0 or array.ctypes.data % 64 == 0
+    first[...] = 1
+    assert not second.any()
+
+
+def test_empty_outlives_its_views(cpu: ModuleType) -> None:
+    """A view keeps the memory alive."""
+    view = cpu.empty((1 << 22,), "float32")[7:9]
+    for _ in range(4):
+        cpu.empty((1 << 22,), "float32")[...] = 3
+    assert view.tolist() == [0.0, 0.0]
+
+
+# ---- refusals --------------------------------------------------------------------------------------
+
+
+def arrays_of(op: str) -> list[str]:
+    """The op's array arguments."""
+    given = example(op, np.random.default_rng(0), SIZES)
+    return [name for name, value in given.items() if isinstance(value, np.ndarray)]
+
+
+def refuse(
+    cpu: ModuleType, op: str, arguments: Arguments, error: type[Exception] | tuple[type[Exception], ...],
+    naming: list[str],
+) -> None:
+    """The op raises `error`, its message has one of the names in it, and nothing was written."""
+    before = {name: value.tobytes() for name, value in arguments.items() if isinstance(value, np.ndarray)}
+    with pytest.raises(error) as caught:
+        getattr(cpu, op)(*(arguments[name] for name in names(op)))
+    message = str(caught.value)
+    assert any(re.search(rf"\b{name}\b", message) for name in naming), f"{message!r} names none of {naming}"
+    for name, content in before.items():
+        assert arguments[name].tobytes() == content, f"{op} wrote to {name} before it refused"
+
+
+ARRAYS = [(op, name) for op in OUTPUTS for name in arrays_of(op)]
+OPTIONAL = {("linear_forward", "b"), ("linear_backward", "db"), ("linear_gelu_forward", "b")}
+OPTIONAL |= {("linear_gelu_backward", "db")}
+
+
+@pytest.mark.parametrize("wrong", ["float64", "float16", "uint8", "other integer", "big-endian"])
+@pytest.mark.parametrize("op, name", ARRAYS)
+def test_wrong_dtype(cpu: ModuleType, rng: Generator, op: str, name: str, wrong: str) -> None:
+    given = example(op, rng, SIZES)
+    token = given[name].dtype == np.int32
+    other = "int64" if token else "int32"
+    dtype = {"other integer": other, "big-endian": ">i4" if token else ">f4"}.get(wrong, wrong)
+    given[name] = given[name].astype(dtype)
+    refuse(cpu, op, given, ValueError, [name])
+
+
+ANY_RANK = {"zero", "gelu_forward", "gelu_backward", "residual_forward", "global_norm", "adamw_step"}
+
+
+@pytest.mark.parametrize("change", ["one more", "one less", "flat"])
+@pytest.mark.parametrize("op, name", ARRAYS)
+def test_wrong_rank(cpu: ModuleType, rng: Generator, op: str, name: str, change: str) -> None:
+    given = example(op, rng, SIZES)
+    shape = given[name].shape
+    new = {"one more": (1, *shape), "one less": (-1, *shape[2:]), "flat": (-1,)}[change]
+    if change != "one more" and len(shape) == 1:
+        pytest.skip("has one axis already")
+    if op in ("zero", "global_norm"):
+        pytest.skip("takes any shape")
+    given[name] = given[name].reshape(new)
+    refuse(cpu, op, given, ValueError, arrays_of(op) if op in ANY_RANK else [name])
+
+
+@pytest.mark.parametrize("op, name", ARRAYS)
+def test_not_contiguous(cpu: ModuleType, rng: Generator, op: str, name: str) -> None:
+    value = example(op, rng, SIZES)[name]
+    spread = np.zeros((*value.shape[:-1], 2 * value.shape[-1]), value.dtype)[..., ::2]
+    for strided in (spread, value[::-1], np.asfortranarray(value)):
+        if strided.flags.c_contiguous:
+            continue  # Fortran order is C order along one axis
+        given = example(op, rng, SIZES)
+        given[name] = strided
+        refuse(cpu, op, given, ValueError, [name])
+
+
+@pytest.mark.parametrize("what", ["None", "list", "str", "int", "bytes"])
+@pytest.mark.parametrize("op, name", ARRAYS)
+def test_no_array(cpu: ModuleType, rng: Generator, op: str, name: str, what: str) -> None:
+    given = example(op, rng, SIZES)
+    if what == "None" and (op, name) in OPTIONAL:
+        pytest.skip("may be None")
+    wrong: dict[str, Any] = {"None": None, "list": [[0.0]], "str": "x", "int": 3, "bytes": b"1234"}
+    given[name] = wrong[what]
+    if op == "head_loss" and name in ("dx", "dw") and what == "None":
+        refuse(cpu, op, given, ValueError, ["dx", "dw"])
+    else:
+        refuse(cpu, op, given, TypeError, [name])
+
+
+OUTPUT_ARRAYS = [(op, name) for op in OUTPUTS for name in OUTPUTS[op]]
+
+
+@pytest.mark.parametrize("op, name", OUTPUT_ARRAYS)
+def test_read_only_output(cpu: ModuleType, rng: Generator, op: str, name: str) -> None:
+    given = example(op, rng, SIZES)
+    given[name].flags.writeable = False
+    refuse(cpu, op, given, ValueError, [name])
+
+
+# Axes that nothing else determines: a padded table, or positions beyond those in use.
+FREE_AXES = {
+    ("embedding_forward", "wte", 0), ("embedding_forward", "wpe", 0), ("embedding_backward", "dwte", 0),
+    ("embedding_backward", "dwpe", 0), ("head_logits", "w", 0),
+}
+
+
+@pytest.mark.parametrize("by", [-1, 1])
+@pytest.mark.parametrize(
+    "op, name, axis",
+    [
+        (op, name, axis)
+        for op, name in ARRAYS
+        for axis in range(example(op, np.random.default_rng(0), SIZES)[name].ndim)
+        if op not in ("zero", "global_norm")
+    ],
+)
+def test_wrong_size(cpu: ModuleType, rng: Generator, op: str, name: str, axis: int, by: int) -> None:
+    """One axis of one array a step longer or shorter than the others say."""
+    if by == 1 and (op, name, axis) in FREE_AXES:
+        pytest.skip("may be longer")
+    # as short as it may be, so that one row less is too few
+    given = example(op, rng, SIZES._replace(V=SIZES.Vp))
+    shape = list(given[name].shape)
+    shape[axis] += by
+    given[name] = np.zeros(shape, given[name].dtype)
+    if (op, name, axis) == ("embedding_backward", "dwte", 0):
+        given["tokens"][0, 0] = SIZES.Vp - 1
+    if (op, name, axis) == ("embedding_backward", "dwpe", 0):
+        given[name] = np.zeros((SIZES.T - 1, SIZES.C), np.float32)
+    refuse(cpu, op, given, ValueError, names(op))
+
+
+@pytest.mark.parametrize("index", [0, 3, -1])
+@pytest.mark.parametrize("token", [-1, SIZES.V, SIZES.Vp, 2**31 - 1, -(2**31)])
+@pytest.mark.parametrize("op, name", [
+    ("embedding_forward", "tokens"), ("embedding_backward", "tokens"), ("head_loss", "targets"),
+])
+def test_token_out_of_range(
+    cpu: ModuleType, rng: Generator, op: str, name: str, token: int, index: int
+) -> None:
+    given = example(op, rng, SIZES)
+    given[name].flat[index] = token
+    if op == "embedding_backward" and token == SIZES.V:
+        pytest.skip("knows the padded table alone")
+    refuse(cpu, op, given, ValueError, [name])
+
+
+SCALARS = [
+    ("embedding_forward", "V", SIZES.Vp + 1), ("embedding_forward", "V", -1), ("embedding_forward", "V", 0),
+    ("embedding_forward", "position", -1), ("embedding_forward", "position", SIZES.maxT - SIZES.T + 1),
+    ("embedding_forward", "position", 2**62),
+    ("attention_decode", "H", 0), ("attention_decode", "H", -2), ("attention_decode", "H", 4),
+    ("attention_decode", "position", -1), ("attention_decode", "position", SIZES.maxT - SIZES.T + 1),
+    ("attention_decode", "position", 2**62),
+    ("head_loss", "V", SIZES.Vp + 1), ("head_loss", "V", 0), ("head_loss", "V", -1),
+    ("head_logits", "V", SIZES.V + 1), ("head_logits", "V", SIZES.V - 1), ("head_logits", "V", -1),
+    ("adamw_step", "step", 0), ("adamw_step", "step", -1),
+]
+
+
+@pytest.mark.parametrize("op, name, value", SCALARS)
+def test_wrong_scalar(cpu: ModuleType, rng: Generator, op: str, name: str, value: int) -> None:
+    given = example(op, rng, SIZES)
+    given[name] = value
+    related = {"V": ["V", "tokens", "targets", "wte", "w", "logits"], "H": ["H"]}
+    refuse(cpu, op, given, ValueError, related.get(name, [name]))
+
+
+@pytest.mark.parametrize("op", OUTPUTS)
+def test_number_of_arguments(cpu: ModuleType, rng: Generator, op: str) -> None:
+    values = list(example(op, rng, SIZES).values())
+    with pytest.raises(TypeError):
+        getattr(cpu, op)(*values[:-1])
+    with pytest.raises(TypeError):
+        getattr(cpu, op)(*values, None)
+
+
+def test_heads_that_do_not_divide(cpu: ModuleType, rng: Generator) -> None:
+    for op in ("attention_forward", "attention_backward"):
+        for heads in (0, 2, 16):
+            given = example(op, rng, SIZES)
+            given["lse"] = np.zeros((SIZES.B, heads, SIZES.T), np.float32)
+            refuse(cpu, op, given, ValueError, names(op))
+
+
+# ---- the guard page itself -------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals have no numbers there")
+@pytest.mark.parametrize("place, index", [("end", 10), ("start", -1)])
+@pytest.mark.parametrize("write", [False, True])
+def test_guard_page_kills(place: str, index: int, write: bool) -> None:
+    """One element too far ends the process; one less does not."""
+    body = "p[i] = 1" if write else "p[i]"
+    program = (
+        "import ctypes, numpy as np; from guard import flush\n"
+        f"a = flush(np.zeros(10, np.float32), {place!r})\n"
+        "p = ctypes.cast(a.ctypes.data, ctypes.POINTER(ctypes.c_float))\n"
+        f"for i in ({index - 1 if index > 0 else 0}, {index}):\n"
+        f"    {body}\n"
+        "    print('alive', flush=True)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    assert done.stdout == "alive\n"
+    assert -done.returncode in (signal.SIGSEGV, signal.SIGBUS)
+
+
+def test_check_sees_faults(rng: Generator) -> None:
+    """guard.check fails an op that leaves a gap, modifies an input, strays or is imprecise."""
+    from guard import check, floats
+
+    class Faulty(ModuleType):
+        pass
+
+    def residual(kind: str) -> Any:
+        def op(out: Array, x: Array, branch: Array) -> None:
+            reference.residual_forward(out, x, branch)
+            if kind == "gap":
+                out[-1] = math.nan
+            if kind == "input":
+                x[0] += 1
+            if kind == "imprecise":
+                out[0] *= 1 + 1e-5
+            if kind == "stray":  # within the page, where only the fill shows it
+                base = out.base
+                base = np.frombuffer(base, np.uint8)
+                begin = out.ctypes.data - base.ctypes.data
+                base[begin + out.nbytes if (out.ctypes.data % 4096) == 0 else begin - 1] = 0
+
+        return op
+
+    x = floats(rng, 10)
+    for kind in ("none", "gap", "input", "imprecise", "stray"):
+        faulty = Faulty("faulty")
+        faulty.residual_forward = residual(kind)  # type: ignore[attr-defined]
+        given, bound = (x, x, x), {"out": 1e-6}
+        if kind == "none":
+            check(faulty, "residual_forward", given, bound)
+        else:
+            with pytest.raises(AssertionError):
+                check(faulty, "residual_forward", given, bound)

@@ -1,0 +1,142 @@
+"""layernorm_forward, layernorm_backward."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import numpy as np
+import pytest
+import reference
+from guard import TINY, UNIT, Array, blank, check, floats, summed
+from numpy.random import Generator
+
+EPS = 1e-5
+
+WIDTHS = [1, 2, 3, 4, 5, 7, 8, 9, 12, 13, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 96, 127, 128, 129]
+WIDTHS += [257, 385, 513, 768]
+SHAPES = (
+    [(2, 3, C) for C in WIDTHS]
+    + [(1, T, 20) for T in (1, 31, 32, 33, 63, 64, 65, 127, 129, 257)]
+    + [(5, 3, 4), (0, 3, 4), (2, 0, 4)]
+)
+
+
+def forward_bounds(x: Array, w: Array, b: Array, eps: float) -> dict[str, Array]:
+    """Errors of the two-pass form: sum, subtract, sum of squares, root, scale.
+
+    The mean is off by at most `dm`.  Because the exact deviations sum to zero, this moves the variance by
+    no more than dm^2, beside its own relative rounding; and every deviation by dm.
+    """
+    x, w, b = (array.astype(np.float64) for array in (x, w, b))
+    C = x.shape[-1]
+    dm = UNIT * summed(C) * np.abs(x).mean(axis=-1)
+    deviation = x - x.mean(axis=-1, keepdims=True)
+    variance = (deviation**2).mean(axis=-1)
+    dv = UNIT * (summed(C) + 4) * variance + dm**2
+    rstd = 1 / np.sqrt(variance + eps)
+    high = 1 / np.sqrt(np.maximum(variance - dv, 0) + eps) - rstd
+    low = rstd - 1 / np.sqrt(variance + dv + eps)
+    dr = np.maximum(high, low) + 4 * UNIT * rstd
+    off = dm[..., None] + 2 * UNIT * np.abs(deviation)
+    normed = np.abs(deviation) * rstd[..., None]
+    dn = off * (rstd + dr)[..., None] + np.abs(deviation) * dr[..., None] + UNIT * normed
+    return {"out": np.abs(w) * dn + 3 * UNIT * (np.abs(w) * normed + np.abs(b)), "mean": dm, "rstd": dr}
+
+
+def check_forward(ops: ModuleType, x: Array, w: Array, b: Array, eps: float = EPS) -> dict[str, Array]:
+    B, T, C = x.shape
+    values = (blank(B, T, C), blank(B, T), blank(B, T), x, w, b, eps)
+    return check(ops, "layernorm_forward", values, forward_bounds(x, w, b, eps))
+
+
+@pytest.mark.parametrize("B, T, C", SHAPES)
+def test_forward(ops: ModuleType, rng: Generator, B: int, T: int, C: int) -> None:
+    check_forward(ops, floats(rng, B, T, C), floats(rng, C), floats(rng, C))
+
+
+@pytest.mark.parametrize("C", [5, 64, 129, 768])
+def test_large_mean(ops: ModuleType, rng: Generator, C: int) -> None:
+    """A mean a thousand times the deviation: E[x^2] - E[x]^2 would lose every digit of the variance."""
+    x = floats(rng, 2, 3, C) + np.float32(1000)
+    bounds = forward_bounds(x, np.ones(C), np.zeros(C), EPS)
+    assert bounds["rstd"].max() < 1e-3, "the bound itself must stay useful"
+    check_forward(ops, x, floats(rng, C), floats(rng, C))
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -3.7, 1e-30, 1000.1, 1e4])
+@pytest.mark.parametrize("C", [1, 7, 64, 129])
+def test_constant_rows(ops: ModuleType, rng: Generator, C: int, value: float) -> None:
+    """No variance: rstd is 1/sqrt(eps), and what is left of x after its mean is rounding alone."""
+    check_forward(ops, np.full((2, 3, C), value, np.float32), floats(rng, C), floats(rng, C))
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1e3, 1e6])
+def test_scales(ops: ModuleType, rng: Generator, scale: float) -> None:
+    check_forward(ops, floats(rng, 2, 5, 96, scale=scale), floats(rng, 96), floats(rng, 96))
+
+
+def test_eps_is_the_one_given(ops: ModuleType, rng: Generator) -> None:
+    """1e-6 for 1e-5 must show: on rows whose variance is small it moves the result far beyond the bound."""
+    x, w, b = floats(rng, 2, 3, 48, scale=3e-3), floats(rng, 48), floats(rng, 48)
+    found = check_forward(ops, x, w, b, 1e-5)
+    wrong = {name: np.zeros(array.shape) for name, array in found.items()}
+    reference.layernorm_forward(wrong["out"], wrong["mean"], wrong["rstd"], x, w, b, 1e-6)
+    bound = forward_bounds(x, w, b, 1e-5)
+    for name in ("out", "rstd"):
+        assert np.median(np.abs(found[name] - wrong[name]) / bound[name]) > 1000
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("C", [1, 8, 19, 64])
+def test_nan_is_kept(ops: ModuleType, rng: Generator, C: int, bad: float) -> None:
+    for index in {0, C // 2, C - 1}:
+        x, out, stat = floats(rng, 1, 3, C), blank(1, 3, C), blank(1, 3)
+        x[0, 1, index] = bad
+        ops.layernorm_forward(out, stat, stat.copy(), x, np.ones(C, np.float32), blank(C), EPS)
+        assert np.isnan(out[0, 1]).all()
+        assert np.isfinite(out[0, [0, 2]]).all()
+
+
+def backward_bounds(
+    dx: Array, dw: Array, db: Array, dout: Array, x: Array, mean: Array, rstd: Array, w: Array,
+    accumulate: bool,
+) -> dict[str, Array]:
+    """mean and rstd are given, so x - mean is one rounding; then come two means along the row."""
+    dout, x, mean, rstd, w = (array.astype(np.float64) for array in (dout, x, mean, rstd, w))
+    B, T, C = x.shape
+    r = rstd[..., None]
+    normed = np.abs(x - mean[..., None]) * r
+    signed = (x - mean[..., None]) * r
+    dnormed = np.abs(dout * w)
+    first, second = dnormed.mean(axis=-1, keepdims=True), (dnormed * normed).mean(axis=-1, keepdims=True)
+    mean1 = np.abs((dout * w).mean(axis=-1, keepdims=True))
+    mean2 = np.abs((dout * w * signed).mean(axis=-1, keepdims=True))
+    row = (summed(C) + 2) * first + normed * (summed(C) + 6) * second
+    elsewhere = 6 * (dnormed + mean1 + normed * mean2)
+    before = np.abs(dx) + r * (dnormed + mean1 + normed * mean2)
+    bound_w = (np.abs(dout) * normed).sum(axis=(0, 1)) + (np.abs(dw) if accumulate else 0)
+    bound_b = np.abs(dout).sum(axis=(0, 1)) + (np.abs(db) if accumulate else 0)
+    return {
+        "dx": UNIT * (r * (row + elsewhere) + before),
+        "dw": UNIT * (summed(B * T) + 4) * bound_w + TINY,
+        "db": UNIT * summed(B * T) * bound_b,
+    }
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("B, T, C", SHAPES)
+def test_backward(ops: ModuleType, rng: Generator, B: int, T: int, C: int, accumulate: bool) -> None:
+    x, w = floats(rng, B, T, C), floats(rng, C)
+    mean, rstd = blank(B, T), blank(B, T)
+    reference.layernorm_forward(np.empty(x.shape), mean, rstd, x, w, w, EPS)
+    given = (floats(rng, B, T, C), floats(rng, C), floats(rng, C), floats(rng, B, T, C), x, mean, rstd, w)
+    check(ops, "layernorm_backward", (*given, accumulate), backward_bounds(*given, accumulate))
+
+
+def test_backward_uses_what_was_saved(ops: ModuleType, rng: Generator) -> None:
+    """mean and rstd are taken as given, whatever x says."""
+    C = 33
+    x, w, mean = floats(rng, 2, 3, C), floats(rng, C), floats(rng, 2, 3)
+    outputs = floats(rng, 2, 3, C), floats(rng, C), floats(rng, C)
+    given = (*outputs, floats(rng, 2, 3, C), x, mean, 1 + mean**2, w)
+    check(ops, "layernorm_backward", (*given, True), backward_bounds(*given, True))
