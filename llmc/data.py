@@ -145,7 +145,7 @@ class ShardWriter:
         name = f".{self.path.name}.{os.getpid()}.{len(self._temporaries)}.tmp"
         temporary = self.path.with_name(name)
         # Left open between calls: `_finish_file` and `discard` are what close it.
-        self._file = open(temporary, "wb", buffering=1 << 20)  # noqa: SIM115
+        self._file = open(temporary, "wb", buffering=1 << 20)
         self._temporaries.append(temporary)
         self._in_file = 0
         self._file.write(bytes(self._format.header_bytes))

@@ -60,7 +60,7 @@ TINYSTORIES = Source(
 
 TEXT_CHUNK = 1 << 20  # bytes per read of a text
 # A text with no white space at all is cut here, wherever that falls, to keep memory bounded.
-LONGEST_PIECE = 1 << 24
+LONGEST_PIECE = 1 << 22
 LONGEST_STORY = 1 << 24  # characters; no story is a thousandth of it
 GROUP = 1 << 16  # characters per task of the tokenising threads
 
@@ -278,10 +278,13 @@ def _safe_cut(text: str) -> int:
     """The last place in `text` between something and white space; 0 where there is none yet."""
     end = len(text)
     while end > 0:
-        place = max(text.rfind(" ", 0, end), text.rfind("\n", 0, end))
-        if place <= 0:
+        space = max(text.rfind(" ", 0, end), text.rfind("\n", 0, end))
+        if space <= 0:
             break
-        if not text[place - 1].isspace():
+        place = len(text[:space].rstrip())  # where the white space begins that ends in `space`
+        if place == 0:
+            break
+        if text[place] in " \n\r\t":  # rstrip takes more for white space than the tokenizer does
             return place
         end = place
     return len(text) if len(text) >= LONGEST_PIECE else 0

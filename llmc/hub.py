@@ -17,6 +17,7 @@ from typing import Any
 from llmc.errors import ConfigError, DownloadError, MissingDependencyError
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+TIMEOUT = 10  # seconds for the hub's first answer
 COMMIT = re.compile(r"[0-9a-f]{40}")
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -41,20 +42,26 @@ def fetch(name: str, *, revision: str = "main", cache_dir: str | os.PathLike[str
     """
     if not NAME.fullmatch(name):
         raise ConfigError("name", f"{name!r} is not a model name on the hub (owner/model)")
-    config = _get(name, CONFIG, revision, cache_dir)
+    cache = None if cache_dir is None else Path(cache_dir)
+    unreachable = _unreachable(name, revision)
+
+    def get(file: str, revision: str) -> Path:
+        return _get(name, file, revision, cache, unreachable)
+
+    config = get(CONFIG, revision)
     folder, commit = config.parent, config.parent.name  # .../snapshots/<commit>/config.json
     try:
-        _get(name, WEIGHTS, commit, cache_dir)
+        get(WEIGHTS, commit)
     except _Absent as error:
         try:
-            index = _get(name, INDEX, commit, cache_dir)
+            index = get(INDEX, commit)
         except _Absent:
             raise error from None
         for shard in _shards(name, index):
-            _get(name, shard, commit, cache_dir)
+            get(shard, commit)
     for file in TOKENIZER_FILES:  # llmc does without; other programs that read the folder may not
         try:
-            _get(name, file, commit, cache_dir)
+            get(file, commit)
         except _Absent:
             continue
         except _Unreachable:
@@ -62,8 +69,17 @@ def fetch(name: str, *, revision: str = "main", cache_dir: str | os.PathLike[str
     return folder
 
 
-def _get(name: str, file: str, revision: str, cache_dir: str | os.PathLike[str] | None) -> Path:
-    """The local path of one file, from the cache or the hub; what went wrong otherwise, in one line."""
+def _endpoint() -> str | None:
+    """HF_ENDPOINT as it is now: huggingface_hub reads it once, when it is imported."""
+    return os.environ.get("HF_ENDPOINT") or None
+
+
+def _unreachable(name: str, revision: str) -> str | None:
+    """Why the hub cannot be asked, or None if it answers.
+
+    Asked once and without the library's own five attempts, so that a machine without a network learns it
+    at once and from one line.
+    """
     try:
         import huggingface_hub
         from huggingface_hub import errors
@@ -71,24 +87,38 @@ def _get(name: str, file: str, revision: str, cache_dir: str | os.PathLike[str] 
         raise MissingDependencyError(
             f"{name}: fetching from the hub needs huggingface_hub: pip install huggingface_hub"
         ) from error
-    cache = None if cache_dir is None else Path(cache_dir)
+    url = huggingface_hub.hf_hub_url(name, CONFIG, revision=revision, endpoint=_endpoint())
+    try:
+        huggingface_hub.get_hf_file_metadata(url, timeout=TIMEOUT, endpoint=_endpoint())
+    except (errors.HfHubHTTPError, errors.EntryNotFoundError):
+        return None  # an answer, which the download will meet again
+    except Exception as error:  # the HTTP library's errors have no base class in common, nor always the same
+        return _cause(error)
+    return None
+
+
+def _get(name: str, file: str, revision: str, cache: Path | None, unreachable: str | None) -> Path:
+    """The local path of one file, from the cache or the hub; what went wrong otherwise, in one line."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
     # What the cache knows of a commit holds for ever, that it lacks a file included: no need to ask.
-    known = None
     if COMMIT.fullmatch(revision):
         known = huggingface_hub.try_to_load_from_cache(name, file, cache, revision)
-    if isinstance(known, str):
-        return Path(known)
-    if known is not None:
-        raise _Absent(f"{name}: {file}: the model on the hub has no such file")
-    # The endpoint is looked up now: huggingface_hub reads the variable once, when it is imported.
-    endpoint = os.environ.get("HF_ENDPOINT") or None
+        if isinstance(known, str):
+            return Path(known)
+        if known is not None:
+            raise _Absent(f"{name}: {file}: the model on the hub has no such file")
     try:
         return Path(
-            huggingface_hub.hf_hub_download(name, file, revision=revision, cache_dir=cache, endpoint=endpoint)
-        )
+            huggingface_hub.hf_hub_download(
+                name, file, revision=revision, cache_dir=cache, endpoint=_endpoint(),
+                local_files_only=unreachable is not None,
+            )
+        )  # fmt: skip
     except errors.LocalEntryNotFoundError as error:
         why = "the hub cannot be reached, and there is no copy in the cache"
-        raise _Unreachable(f"{name}: {file}: {why}{_cause(error)}") from error
+        raise _Unreachable(f"{name}: {file}: {why}{unreachable or _cause(error)}") from error
     except errors.EntryNotFoundError as error:
         raise _Absent(f"{name}: {file}: the model on the hub has no such file") from error
     except errors.GatedRepoError as error:
@@ -97,7 +127,7 @@ def _get(name: str, file: str, revision: str, cache_dir: str | os.PathLike[str] 
         raise DownloadError(f"{name}: not found on the hub (or private: set HF_TOKEN)") from error
     except errors.RevisionNotFoundError as error:
         raise DownloadError(f"{name}: the model has no revision {revision!r}") from error
-    except Exception as error:  # the HTTP library's errors have no base class in common, nor always the same
+    except Exception as error:  # as above
         raise DownloadError(f"{name}: {file}: the download failed{_cause(error)}") from error
 
 

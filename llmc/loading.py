@@ -73,7 +73,7 @@ def is_preset(name: str) -> bool:
 def locate(name: str) -> Path:
     """The local file or folder that a source other than a preset stands for, fetched if need be."""
     path = Path(name).expanduser()
-    if path.exists():
+    if name and path.exists():  # Path("") would be the current folder
         return path
     if name in HUB_NAMES:
         try:

@@ -103,12 +103,12 @@ def _list(text: str) -> tuple[str, ...]:
 
 
 _GIRLS = _list("""
-    Mia, Lily, Anna, Rosa, Emma, Nora, Ella, Ivy, Lucy, Zoe, Ruby, Maya, Nina, Tess, Jane, Clara, Daisy, Hazel,
-    Olive, Poppy, Wendy, Fern, Greta, Ida, Kate, Molly, Pia, Sally, Tilly, Una, Vera, Willa
+    Mia, Lily, Anna, Rosa, Emma, Nora, Ella, Ivy, Lucy, Zoe, Ruby, Maya, Nina, Tess, Jane, Clara, Daisy,
+    Hazel, Olive, Poppy, Wendy, Fern, Greta, Ida, Kate, Molly, Pia, Sally, Tilly, Una, Vera, Willa
 """)
 _BOYS = _list("""
-    Tom, Ben, Max, Sam, Leo, Jack, Finn, Hugo, Oscar, Felix, Otto, Paul, Pete, Ralph, Simon, Toby, Victor, Walt,
-    Adam, Bruno, Carl, David, Edgar, Fred, Gus, Henry, Igor, Jonas, Kurt, Lars, Miles, Ned
+    Tom, Ben, Max, Sam, Leo, Jack, Finn, Hugo, Oscar, Felix, Otto, Paul, Pete, Ralph, Simon, Toby, Victor,
+    Walt, Adam, Bruno, Carl, David, Edgar, Fred, Gus, Henry, Igor, Jonas, Kurt, Lars, Miles, Ned
 """)
 _NAMES = _GIRLS + _BOYS
 _IS_GIRL = frozenset(_GIRLS)
@@ -117,7 +117,8 @@ _KINDS = _list("""
     otter, beaver, deer, panda, penguin, owl, turtle, pony, calf, crow, goose, robin, toad, hare, donkey, swan
 """)
 _WEATHERS = _list("""
-    sunny, rainy, windy, warm, cold, foggy, snowy, cloudy, bright, quiet, stormy, mild, grey, fine, frosty, cool
+    sunny, rainy, windy, warm, cold, foggy, snowy, cloudy, bright, quiet, stormy, mild, grey, fine, frosty,
+    cool
 """)
 _TIMES = _list("""
     Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday, morning, afternoon, evening
@@ -133,11 +134,11 @@ _A_SIZES = _list("""
 """)
 _SIZES = tuple(size.split(" ", 1)[1] for size in _A_SIZES)
 _COLOURS = _list("""
-    red, blue, green, yellow, orange, purple, pink, brown, black, white, grey, golden, silver, striped, spotted,
-    violet
+    red, blue, green, yellow, orange, purple, pink, brown, black, white, grey, golden, silver, striped,
+    spotted, violet
 """)
 _FEELINGS = _list("""
-    sad, upset, worried, cross, unhappy, gloomy, angry, tearful, glum, sorry, troubled, bored, lonely, grumpy,
+    sad, upset, worried, cross, unhappy, gloomy, angry, tearful, glum, sorry, troubled, moody, lonely, grumpy,
     annoyed, downcast
 """)
 _ACTIVITIES = _list("""
@@ -147,6 +148,7 @@ _ACTIVITIES = _list("""
     raking leaves, catching snails, planting beans, washing windows, mending a net, having lunch,
     drawing a tree, whistling, stacking hay, telling jokes, flying a kite
 """)
+_ARRIVALS = _list("came over, ran up, stopped, saw it, got up, hurried over, looked up, turned round")
 _FOODS = _list("""
     bread, honey, jam, cheese, milk, plums, apples, pears, nuts, soup, cake, pie, tea, rice, beans, carrots,
     berries, cherries, grapes, eggs, butter, biscuits, pancakes, porridge, toast, figs, melon, cream, corn,
@@ -154,10 +156,10 @@ _FOODS = _list("""
 """)
 _SPOTS = _list("""
     under the bed, behind the door, in the barn, on the roof, in the attic, by the well, by the pond,
-    under the stairs, behind the mill, in the kitchen, on the shelf, in the oven, under a bench, near the gate,
-    in the grass, up in a tree, behind the sofa, in the bath, under the table, at the market, by the river,
-    in a basket, on the swing, inside a boot, under a rug, in the cupboard, behind the shed, beside the path,
-    in the hay, under the bridge, at the station, near the fire
+    under the stairs, behind the mill, in the kitchen, on the shelf, in the oven, under a bench,
+    near the gate, in the grass, up in a tree, behind the sofa, in the bath, under the table, at the market,
+    by the river, in a basket, on the swing, inside a boot, under a rug, in the cupboard,
+    behind the shed, beside the path, in the hay, under the bridge, at the station, near the fire
 """)
 _FLAVOURS = _list("""
     a plum, an apple, a pear, a cherry, a carrot, a nut, a lemon, an orange, a peach, a honey, a ginger,
@@ -245,15 +247,16 @@ _HIGH = _Fear(
 )
 _ALIVE = _Fear(
     ("They might bite", "They are so quick", "They look so strange", "I think they hate me"),
-    ("showed {her} a friendly one", "watched them with {her}", "drew one with a smile", "fed them"),
+    ("showed {her} a friendly one", "watched them with {her}", "drew one with a smile", "fed them crumbs"),
 )
 _FEARS_OF: dict[str, _Fear] = {
-    **dict.fromkeys(_list("thunder, fireworks, the bell, barking, the train, drums, the siren, the saw"), _LOUD),
+    **dict.fromkeys(_list("thunder, fireworks, the bell, barking, the train, drums, sirens, saws"), _LOUD),
     **dict.fromkeys(
         _list("the dark, the cellar, the cave, the mine, the tunnel, the loft, the night, the forest"), _DARK
     ),
     **dict.fromkeys(
-        _list("the cliff, the bridge, the slide, the ladder, the swing, the stilts, the mast, the cable car"), _HIGH
+        _list("the cliff, the bridge, the slide, the ladder, the swing, the stilts, the mast, the wall"),
+        _HIGH,
     ),
     **dict.fromkeys(_list("bees, spiders, moths, bulls, crabs, bats, wasps, ants"), _ALIVE),
 }
@@ -305,12 +308,10 @@ def _mend(t: Teller, hero: _Person) -> None:
     t.pick(("it", f"the {thing}"), " ")
     troubles = _TROUBLES[thing]
     trouble = t.pick(tuple(troubles), ", ")
-    t.pick((f"and {hero.name} was", f"and {hero.she} was", f"so {hero.name} felt", f"so {hero.she} felt"), " ")
+    t.pick([f"{word} {who}" for word in ("and", "so") for who in (hero.name, hero.she)], " was ")
     feeling = t.pick(_FEELINGS, ". ")
     friend = _friend(t, hero, " ")
-    t.pick(
-        ("came over", "ran up", "stopped", "saw it", "got up", "hurried over", "looked up", "turned round"), " and "
-    )
+    t.pick(_ARRIVALS, " and ")
     t.pick(troubles[trouble], ". ")
     endings = {
         f"{hero.name} was {feeling} no more, and they had": ".",

@@ -93,12 +93,12 @@ class TiktokenTokenizer:
         self._encoding = _gpt2_encoding()
 
     def encode(self, text: str) -> list[int]:
-        return self._encoding.encode_ordinary(text)  # type: ignore[no-any-return]
+        return self._encoding.encode_ordinary(text)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         ids = [int(i) for i in ids]
         _check_range(ids, self.vocab_size, self.name)
-        return self._encoding.decode_bytes(ids)  # type: ignore[no-any-return]
+        return self._encoding.decode_bytes(ids)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.decode_bytes(ids).decode("utf-8", "replace")

@@ -158,8 +158,9 @@ def perturb(params: Iterable[tuple[Row, Array]], seed: int = 0) -> None:
 
     A fresh GPT-2 forgives: its biases are 0, its norms do nothing, its logits are small.  Here every bias
     becomes non-zero and norm weights spread around 1.  A few channels of the residual stream carry values
-    far above the others, and more in every layer.  The last norm passes them on to the head, so that
-    logits lie at about a hundred with differences of a few between them.  Padded rows of wte stay 0.
+    far above the others, and more in every layer.  The last norm passes them on to the head:
+    logits have an offset in common, differ by a few, and those of one token in a hundred lie near -100.
+    Padded rows of wte stay 0.
     `params` is an arena (or pairs of rows and arrays); `seed` alone decides the values.
     """
     tensors = {row.name: array for row, array in params}
@@ -172,8 +173,10 @@ def perturb(params: Iterable[tuple[Row, Array]], seed: int = 0) -> None:
         elif name in BIASES:
             tensor += 0.1 * random.standard_normal(tensor.shape)
     wte = tensors["wte"]
-    used = wte.any(axis=1)
-    wte[np.ix_(used, outliers)] += 0.5
+    used = np.flatnonzero(wte.any(axis=1))
+    rare = random.choice(used, size=max(1, used.size // 100), replace=False)
+    wte[np.ix_(used, outliers)] += 0.1
+    wte[np.ix_(rare, outliers)] = -0.5
     for name in ("attprojb", "fcprojb"):
         tensors[name][:, outliers] += OUTLIER / (2 * L)
     tensors["lnfw"] *= 10.0
@@ -217,6 +220,12 @@ def run(
         if value < 1:
             raise ConfigError(field, f"must be at least 1, got {value}")
     _torch()
+    stem = name or Path(os.fspath(init)).name.removesuffix(".bin")
+    folder = Path(out_dir).expanduser()
+    debug = folder / f"{stem}_debug_state.bin"
+    target = folder / f"{stem}.bin"
+    if target.exists() and os.path.exists(init) and os.path.samefile(target, init):
+        raise ConfigError("out", f"{target} is the source itself; choose another folder or name")
     model = loading.load(init, seed=seed, ops=ops)
     config = model.config
     if T > config.max_seq_len:
@@ -234,10 +243,7 @@ def run(
         eps=eps, decay_on=decay_on, dtype=dtype, on_step=on_step,
     )  # fmt: skip
 
-    stem = name or Path(os.fspath(init)).name.removesuffix(".bin")
-    folder = Path(out_dir).expanduser()
-    debug = folder / f"{stem}_debug_state.bin"
-    written = Written(folder / f"{stem}.bin", debug, debug.with_suffix(".json"), result.losses)
+    written = Written(target, debug, debug.with_suffix(".json"), result.losses)
     checkpoint.make_folder(folder)
     loading.save_bin(model, written.model, version)
     checkpoint.write_debug_state(

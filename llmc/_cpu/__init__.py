@@ -1,6 +1,7 @@
 """The CPU backend: every op of `llmc.ops.Ops`, in Cython over C kernels.
 
-`configure` chooses the kernel table and the number of threads; importing the package does so once with the defaults.
+`configure` chooses the kernel table and the number of threads (`ops.load` calls it); until then the best table runs on
+one thread.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from llmc._cpu.activation import gelu_backward, gelu_forward, residual_forward, 
 from llmc._cpu.attention import attention_backward, attention_decode, attention_forward
 from llmc._cpu.embed import embedding_backward, embedding_forward
 from llmc._cpu.head import head_logits, head_loss
-from llmc._cpu.isa import all_isas, info, isas, select, set_threads
+from llmc._cpu.isa import activate, all_isas, info, isas, resolve_isa, resolve_threads
 from llmc._cpu.linear import linear_backward, linear_forward, linear_gelu_backward, linear_gelu_forward
 from llmc._cpu.norm import layernorm_backward, layernorm_forward
 from llmc._cpu.optimizer import adamw_step, global_norm
@@ -26,9 +27,8 @@ __all__ = [
 def configure(isa: str | None = None, threads: int | None = None) -> None:
     """Choose the kernel table and the thread count (None: the defaults of `ops.load`), for every model in this
     process.  ConfigError for a name or a number that cannot be had."""
-    select(isa)
-    set_threads(threads)
+    activate(resolve_isa(isa), resolve_threads(threads))
     resize_scratch()
 
 
-configure()
+configure(isas()[-1], 1)

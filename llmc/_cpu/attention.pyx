@@ -125,9 +125,9 @@ cdef void _append(Py_ssize_t i, float *keys, float *values, const float *qkv, Py
     memcpy(values + row, qkv + i * 3 * C + 2 * C, C * sizeof(float))
 
 
-cdef int _heads(Py_ssize_t C, Py_ssize_t H) except -1:
+cdef int _heads(str name, Py_ssize_t C, Py_ssize_t H) except -1:
     if H < 1 or C % H:
-        raise ValueError(f"H: {C} channels do not divide into {H} heads")
+        raise ValueError(f"{name}: {C} channels do not divide into {H} heads")
     return 0
 
 
@@ -136,7 +136,7 @@ def attention_forward(out, lse, qkv):
     cdef Py_ssize_t B = out_.shape[0], T = out_.shape[1], C = out_.shape[2], H = lse_.shape[1], i, size
     check.expect("qkv", qkv.shape, (B, T, 3 * C))
     check.expect("lse", lse.shape, (B, H, T))
-    _heads(C, H)
+    _heads("lse", C, H)
     size = C // H
     for i in prange(B * H, num_threads=isa.threads, schedule="dynamic", nogil=True):
         _forward_head(&out_[0, 0, 0] + i // H * T * C + i % H * size, &lse_[0, 0, 0] + i * T,
@@ -151,7 +151,7 @@ def attention_backward(dqkv, dout, qkv, out, lse):
     check.expect("qkv", qkv.shape, (B, T, 3 * C))
     check.expect("dqkv", dqkv.shape, (B, T, 3 * C))
     check.expect("lse", lse.shape, (B, H, T))
-    _heads(C, H)
+    _heads("lse", C, H)
     size = C // H
     for i in prange(B * H, num_threads=isa.threads, schedule="dynamic", nogil=True):
         at = i // H * T * C + i % H * size
@@ -168,7 +168,7 @@ def attention_decode(out, keys, values, qkv, H, position):
     check.expect("qkv", qkv.shape, (B, T, 3 * C))
     check.expect("keys", keys.shape, (B, max_T, C))
     check.expect("values", values.shape, (B, max_T, C))
-    _heads(C, heads)
+    _heads("H", C, heads)
     if not 0 <= start <= max_T - T:
         raise ValueError(f"position: {T} tokens from {start} exceed the cache's {max_T}")
     size = C // heads

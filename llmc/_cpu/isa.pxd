@@ -1,4 +1,7 @@
 cdef extern from "simd/kernels.h" nogil:
+    ctypedef struct AdamW:
+        float lr, beta1, one_minus_beta1, correction1, beta2, one_minus_beta2, correction2, eps, decay, scale
+
     ctypedef struct Kernels:
         const char *name
         int tile_rows, tile_columns
@@ -28,8 +31,8 @@ cdef extern from "simd/kernels.h" nogil:
         void (*axpy_span)(float *y, float factor, const float *x, Py_ssize_t n) noexcept nogil
         double (*sumsq_span)(const float *x, Py_ssize_t n) noexcept nogil
         double (*dot_span)(const float *a, const float *b, Py_ssize_t n) noexcept nogil
-        void (*adamw_span)(float *w, float *m, float *v, const float *dw, Py_ssize_t n, float lr, float beta1,
-                           float beta2, float c1, float c2, float eps, float decay, float scale) noexcept nogil
+        void (*adamw_span)(float *w, float *m, float *v, const float *dw, Py_ssize_t n,
+                           const AdamW *update) noexcept nogil
         void (*column_sum)(float *sum, const float *x, Py_ssize_t ldx, Py_ssize_t rows, Py_ssize_t n) noexcept nogil
 
 cdef const Kernels *kernels

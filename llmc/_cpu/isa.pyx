@@ -47,11 +47,8 @@ def isas():
     return tuple([table[i].kernels.name.decode() for i in range(count) if table[i].supported])
 
 
-def select(name=None):
-    """Make `name` (else LLMC_ISA, else the best there is) the active table.  ConfigError lists the valid names."""
-    global kernels
-    cdef int count = 0
-    cdef const IsaEntry *table = dispatch_table(&count)
+def resolve_isa(name=None):
+    """`name`, else LLMC_ISA, else the best there is.  ConfigError lists the valid names."""
     source = "isa"
     if name is None and os.environ.get("LLMC_ISA"):
         name, source = os.environ["LLMC_ISA"], "LLMC_ISA"
@@ -61,14 +58,11 @@ def select(name=None):
     if name not in usable:
         why = "is not supported by this CPU" if name in all_isas() else "is unknown here"
         raise ConfigError(source, f"{name!r} {why}; choose from {', '.join(usable)}")
-    for i in range(count):
-        if table[i].kernels.name.decode() == name:
-            kernels = table[i].kernels
+    return name
 
 
-def set_threads(count=None):
-    """Use `count` threads, else OMP_NUM_THREADS, else the physical cores this process may run on."""
-    global threads
+def resolve_threads(count=None):
+    """`count`, else OMP_NUM_THREADS, else the physical cores this process may run on; 1 without OpenMP."""
     source = "threads"
     if count is None and os.environ.get("OMP_NUM_THREADS"):
         # A list gives one number per nesting level; the first is ours.
@@ -81,7 +75,18 @@ def set_threads(count=None):
         raise ConfigError(source, f"{count!r} is not a number") from None
     if not 1 <= count <= 1024:
         raise ConfigError(source, f"must be from 1 to 1024, got {count}")
-    threads = count if llmc_openmp() else 1
+    return count if llmc_openmp() else 1
+
+
+def activate(name, count):
+    """Use the table `name`, one of `isas()`, on `count` threads from now on."""
+    global kernels, threads
+    cdef int tables = 0
+    cdef const IsaEntry *table = dispatch_table(&tables)
+    for i in range(tables):
+        if table[i].kernels.name.decode() == name:
+            kernels = table[i].kernels
+    threads = count
 
 
 def info():

@@ -105,15 +105,15 @@ def linear_forward(out, x, w, b):
         rows_times_transposed(&out_[0, 0, 0], &x_[0, 0, 0], &w_[0, 0], bias, M, N, K)
 
 
-cdef int _check_backward(dx, dw, db, dout, x, w) except -1:
+cdef int _check_backward(dx, dw, db, dout, x, w, str dout_name="dout") except -1:
     cdef Py_ssize_t K = check.cube("x", x).shape[2], N = check.matrix("w", w).shape[0]
     check.cube("dx", dx)
     check.matrix("dw", dw)
-    check.cube("dout", dout)
+    check.cube(dout_name, dout)
     check.expect("w", w.shape, (N, K))
     check.expect("dw", dw.shape, (N, K))
     check.expect("dx", dx.shape, x.shape)
-    check.expect("dout", dout.shape, (*x.shape[:2], N))
+    check.expect(dout_name, dout.shape, (*x.shape[:2], N))
     if db is not None:
         check.vector("db", db)
         check.expect("db", db.shape, (N,))
@@ -146,9 +146,9 @@ def linear_gelu_forward(out, pre, x, w, b):
 
 def linear_gelu_backward(dx, dw, db, dpre, dout, pre, x, w, accumulate):
     cdef float[::1] dpre_ = check.flat("dpre", dpre), dout_ = check.flat("dout", dout), pre_ = check.flat("pre", pre)
-    check.expect("dout", dout.shape, pre.shape)
-    check.expect("dpre", dpre.shape, pre.shape)
-    _check_backward(dx, dw, db, dpre, x, w)
+    _check_backward(dx, dw, db, dpre, x, w, "dpre")
+    check.expect("dout", dout.shape, dpre.shape)
+    check.expect("pre", pre.shape, dpre.shape)
     with nogil:
         gelu_backward_all(&dpre_[0], &dout_[0], &pre_[0], pre_.shape[0])
     linear_backward(dx, dw, db, dpre, x, w, accumulate)

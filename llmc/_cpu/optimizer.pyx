@@ -31,8 +31,9 @@ def adamw_step(w, m, v, dw, lr, beta1, beta2, eps, weight_decay, step, scale):
     check.expect("dw", dw.shape, w.shape)
     if step < 1:
         raise ValueError(f"step: must be at least 1, got {step}")
-    cdef float rate = lr, b1 = beta1, b2 = beta2, e = eps, decay = weight_decay, factor = scale
-    cdef float c1 = 1.0 / (1.0 - <double> beta1 ** step), c2 = 1.0 / (1.0 - <double> beta2 ** step)
+    cdef isa.AdamW update
+    update.lr, update.eps, update.decay, update.scale = lr, eps, weight_decay, scale
+    update.beta1, update.one_minus_beta1, update.correction1 = beta1, 1.0 - beta1, 1.0 / (1.0 - beta1**step)
+    update.beta2, update.one_minus_beta2, update.correction2 = beta2, 1.0 - beta2, 1.0 / (1.0 - beta2**step)
     for i in prange(0, n, SPAN, num_threads=isa.threads, schedule="static", nogil=True):
-        isa.kernels.adamw_span(&w_[i], &m_[i], &v_[i], &dw_[i], min(<Py_ssize_t> SPAN, n - i), rate, b1, b2, c1, c2, e,
-                               decay, factor)
+        isa.kernels.adamw_span(&w_[i], &m_[i], &v_[i], &dw_[i], min(<Py_ssize_t> SPAN, n - i), &update)

@@ -6,6 +6,12 @@
 
 #include <stddef.h>
 
+/* The scalars of an AdamW update.  1 - beta is taken in double before it is rounded (0.999f is off by 1.3e-8, which is
+ * 1.3e-5 of 1 - 0.999); the corrections are 1 / (1 - beta^t). */
+typedef struct AdamW {
+    float lr, beta1, one_minus_beta1, correction1, beta2, one_minus_beta2, correction2, eps, decay, scale;
+} AdamW;
+
 typedef struct Kernels {
     const char *name;
     int tile_rows, tile_columns;
@@ -33,8 +39,7 @@ typedef struct Kernels {
     void (*axpy_span)(float *y, float factor, const float *x, ptrdiff_t n);
     double (*sumsq_span)(const float *x, ptrdiff_t n);
     double (*dot_span)(const float *a, const float *b, ptrdiff_t n);
-    void (*adamw_span)(float *w, float *m, float *v, const float *dw, ptrdiff_t n, float lr, float beta1, float beta2,
-                       float c1, float c2, float eps, float decay, float scale);
+    void (*adamw_span)(float *w, float *m, float *v, const float *dw, ptrdiff_t n, const AdamW *update);
     void (*column_sum)(float *sum, const float *x, ptrdiff_t ldx, ptrdiff_t rows, ptrdiff_t n);
 } Kernels;
 

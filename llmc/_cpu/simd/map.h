@@ -1,4 +1,5 @@
 /* One span: element by element, and sums over a fixed span. */
+#include "kernels.h"
 #include "vec.h"
 
 /* gelu(x) = x/2 (1 + tanh u), u = sqrt(2/pi) (x + 0.044715 x^3).  Since (1 + tanh u)/2 = 1/(1 + e^(-2u)), it is
@@ -64,21 +65,20 @@ static double dot_span(const float *a, const float *b, ptrdiff_t n) {
     return v_sum(acc);
 }
 
-/* The scalars of one AdamW update, bias corrections already taken: c1 = 1/(1 - beta1^t), c2 = 1/(1 - beta2^t). */
-static void adamw_span(float *w, float *m, float *v, const float *dw, ptrdiff_t n, float lr, float beta1, float beta2,
-                       float c1, float c2, float eps, float decay, float scale) {
-    vec b1 = v_set(beta1), a1 = v_set((float)(1.0 - (double)beta1));
-    vec b2 = v_set(beta2), a2 = v_set((float)(1.0 - (double)beta2));
+/* One AdamW update; see AdamW in kernels.h for the scalars. */
+static void adamw_span(float *w, float *m, float *v, const float *dw, ptrdiff_t n, const AdamW *u) {
+    vec b1 = v_set(u->beta1), a1 = v_set(u->one_minus_beta1), c1 = v_set(u->correction1);
+    vec b2 = v_set(u->beta2), a2 = v_set(u->one_minus_beta2), c2 = v_set(u->correction2);
     for (ptrdiff_t i = 0; i < n; i += VL) {
         ptrdiff_t k = n - i;
-        vec g = v_mul(load_upto(dw + i, k), v_set(scale)), p = load_upto(w + i, k);
+        vec g = v_mul(load_upto(dw + i, k), v_set(u->scale)), p = load_upto(w + i, k);
         vec mi = v_fma(b1, load_upto(m + i, k), v_mul(a1, g));
         vec vi = v_fma(b2, load_upto(v + i, k), v_mul(a2, v_mul(g, g)));
-        vec step = v_div(v_mul(mi, v_set(c1)), v_add(v_sqrt(v_mul(vi, v_set(c2))), v_set(eps)));
-        step = v_fma(v_set(decay), p, step);
+        vec step = v_div(v_mul(mi, c1), v_add(v_sqrt(v_mul(vi, c2)), v_set(u->eps)));
+        step = v_fma(v_set(u->decay), p, step);
         store_upto(m + i, mi, k);
         store_upto(v + i, vi, k);
-        store_upto(w + i, v_sub(p, v_mul(v_set(lr), step)), k);
+        store_upto(w + i, v_sub(p, v_mul(v_set(u->lr), step)), k);
     }
 }
 
