@@ -33,7 +33,8 @@ DTYPES = ("float32", "float64")
 OUTLIERS = 3  # channels, as in trained GPT-2
 OUTLIER = 12.0  # their values after the last layer; the others' are about 1
 LARGEST_LOGIT = 100.0
-BIASES = ("ln1b", "qkvb", "attprojb", "ln2b", "fcb", "fcprojb", "lnfb")
+# Standard deviations of the biases.
+BIASES = {"ln1b": 0.1, "qkvb": 0.3, "attprojb": 0.1, "ln2b": 0.1, "fcb": 1.0, "fcprojb": 0.1, "lnfb": 0.1}
 
 
 def _torch() -> Any:
@@ -157,11 +158,12 @@ def perturb(params: Iterable[tuple[Row, Array]], seed: int = 0) -> None:
     """Make a randomly initialised model a hard judge, in place, in the ways in which trained models are hard.
 
     A fresh GPT-2 forgives: its biases are 0, its norms do nothing, its logits are small.  Here every bias
-    becomes non-zero and norm weights spread around 1.  A few channels of the residual stream carry values
-    far above the others, and more in every layer.  The last norm passes them on to the head:
-    logits have an offset in common, differ by a few, and those of one token in a hundred lie near -100.
-    Padded rows of wte stay 0.
-    `params` is an arena (or pairs of rows and arrays); `seed` alone decides the values.
+    becomes non-zero (those before GELU carry it into the bend where its forms differ), norm weights spread
+    around 1, attention prefers some tokens to others.  A few channels of the residual stream carry values
+    far above the rest, and more in every layer.  The last norm passes them on to the head: logits have a
+    negative offset in common, so that padding would stand out, and those of one token in a hundred lie
+    near -100.  Padded rows of wte stay 0.  `params` is an arena (or pairs of rows and arrays); `seed`
+    alone decides the values.
     """
     tensors = {row.name: array for row, array in params}
     random = np.random.Generator(np.random.Philox(key=seed))
@@ -171,16 +173,17 @@ def perturb(params: Iterable[tuple[Row, Array]], seed: int = 0) -> None:
         if name in ("ln1w", "ln2w", "lnfw"):
             tensor *= 1.0 + 0.2 * random.standard_normal(tensor.shape)
         elif name in BIASES:
-            tensor += 0.1 * random.standard_normal(tensor.shape)
+            tensor += BIASES[name] * random.standard_normal(tensor.shape)
+    tensors["qkvw"][:, : 2 * C] *= 3.0
     wte = tensors["wte"]
     used = np.flatnonzero(wte.any(axis=1))
     rare = random.choice(used, size=max(1, used.size // 100), replace=False)
-    wte[np.ix_(used, outliers)] += 0.1
+    wte[np.ix_(used, outliers)] -= 0.05
     wte[np.ix_(rare, outliers)] = -0.5
     for name in ("attprojb", "fcprojb"):
         tensors[name][:, outliers] += OUTLIER / (2 * L)
-    tensors["lnfw"] *= 10.0
-    # The last norm gives rows of length sqrt(C), most of it in the outliers: each holds sqrt(C / their number).
+    tensors["lnfw"] *= 5.0
+    # The last norm gives rows of length sqrt(C), nearly all of it in the outliers, in equal parts.
     tensors["lnfw"][outliers] = LARGEST_LOGIT / (0.5 * math.sqrt(C * outliers.size))
 
 
@@ -201,7 +204,8 @@ def run(
     init: PathLike, out_dir: PathLike, *, B: int = 4, T: int = 64, steps: int = 10, lr: float = 1e-4,
     weight_decay: float = 0.0, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8,
     decay_on: str = "2d", dtype: str = "float32", seed: int = 0,
-    tokens: PathLike | Sequence[PathLike] | None = None, perturbed: bool = False, version: int = 3, name: str | None = None, ops: Ops | None = None,
+    tokens: PathLike | Sequence[PathLike] | None = None, perturbed: bool = False, version: int = 3,
+    name: str | None = None, ops: Ops | None = None,
     on_step: Callable[[int, float], None] | None = None,
 ) -> Written:
     """Overfit one batch with PyTorch and write what `llmc verify` needs, as llm.c's script does.

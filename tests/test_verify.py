@@ -224,7 +224,7 @@ def norm_eps(out: Array, mean: Array, rstd: Array, x: Array, w: Array, b: Array,
     reference.layernorm_forward(out, mean, rstd, x, w, b, eps / 10)
 
 
-def attention_one_ahead(out: Array, lse: Array, qkv: Array) -> None:
+def attention_late(out: Array, lse: Array, qkv: Array) -> None:
     reference.attention_forward(out, lse, np.concatenate([qkv[:, :1], qkv[:, :-1]], axis=1))
 
 
@@ -232,26 +232,38 @@ def no_position(out: Array, tokens: Array, wte: Array, wpe: Array, V: int, posit
     out[...] = wte[tokens]
 
 
-def padded_softmax(losses: Array, dx: Array, dw: Array, x: Array, w: Array, targets: Array, V: int, *rest: Any) -> None:
-    reference.head_loss(losses, dx, dw, x, w, targets, w.shape[0], *rest)
+def padded_softmax(
+    losses: Array, dx: Array, dw: Array, x: Array, w: Array, targets: Array, V: int, scale: float,
+    accumulate: bool,
+) -> None:
+    reference.head_loss(losses, dx, dw, x, w, targets, w.shape[0], scale, accumulate)
 
 
-@pytest.mark.parametrize(
-    ("fault", "shows"),
-    [
-        ({"linear_gelu_forward": gelu_erf}, "logits"),
-        ({"layernorm_forward": norm_eps}, "logits"),
-        ({"attention_forward": attention_one_ahead}, "logits"),
-        ({"embedding_forward": no_position}, "logits"),
-        ({"head_loss": padded_softmax}, "loss"),
-        ({"gelu_backward": lambda dx, dout, x: None, "linear_gelu_backward": lambda *args: None}, "d fcw"),
-        ({"adamw_step": lambda *args: None}, "loss 1"),
-    ],
-)
-def test_wrong_mathematics(tmp_path: Path, fault: dict[str, Any], shows: str) -> None:
-    written = run("tiny", tmp_path, dtype="float64", perturbed=True, steps=3, **SMALL)
+def nothing(*_: object) -> None:
+    pass
+
+
+# On which of the two models a fault must show, and where.
+FAULTS = {
+    "GELU in its erf form": ({"linear_gelu_forward": gelu_erf}, True, "d fcprojw"),
+    "LayerNorm epsilon 1e-6": ({"layernorm_forward": norm_eps}, False, "logits"),
+    "LayerNorm epsilon 1e-6, perturbed": ({"layernorm_forward": norm_eps}, True, "d ln1w"),
+    "attention from one token late": ({"attention_forward": attention_late}, False, "logits"),
+    "attention from one token late, perturbed": ({"attention_forward": attention_late}, True, "logits"),
+    "no positions": ({"embedding_forward": no_position}, False, "logits"),
+    "padding in the softmax": ({"head_loss": padded_softmax}, False, "loss"),
+    "padding in the softmax, perturbed": ({"head_loss": padded_softmax}, True, "loss"),
+    "no gradient behind GELU": ({"linear_gelu_backward": nothing}, False, "d fcw"),
+    "no update": ({"adamw_step": nothing}, False, "loss 1"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_wrong_mathematics(tmp_path: Path, fault: str) -> None:
+    ops, perturbed, shows = FAULTS[fault]
+    written = run("tiny", tmp_path, dtype="float64", perturbed=perturbed, steps=3, **SMALL)
     assert check(written).okay
-    assert shows in failing(check(written, ops=faulty(**fault)))
+    assert shows in failing(check(written, ops=faulty(**ops)))
 
 
 def test_other_weights(made: Written, tmp_path: Path) -> None:
@@ -312,7 +324,8 @@ def test_the_published_losses(made: Written, tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("losses", []), ("losses", [1, None]), ("losses", 3), ("losses", [math.nan]), ("lr", -1), ("lr", "1e-4"),
+        ("losses", []), ("losses", [1, None]), ("losses", 3), ("losses", [math.nan]),
+        ("lr", -1), ("lr", "1e-4"),
         ("beta1", 1.0), ("beta2", True), ("eps", math.inf), ("weight_decay", None), ("decay_on", "3d"),
         ("decay_on", ["2d"]), ("weights", "heavy"), ("lr", ...), ("losses", ...), ("decay_on", ...),
     ],
@@ -374,7 +387,8 @@ def test_sequence_longer_than_the_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("error", "okay"), [(1e-7, 1), (1e-6, 1), (2e-6, 0), (math.nan, 0), (math.inf, 0)])
 def test_print_report(error: float, okay: int) -> None:
-    report = Report([Check("loss", 0.0, 1e-6, "relative", 5.27, 5.27), Check("d wte", error, 1e-6, "norm")], ["A [note]."])
+    checks = [Check("loss", 0.0, 1e-6, "relative", 5.27, 5.27), Check("d wte", error, 1e-6, "norm")]
+    report = Report(checks, ["A [note]."])
     out = io.StringIO()
     print_report(report, out)
     lines = out.getvalue().splitlines()
@@ -418,8 +432,9 @@ def test_pytorch_reference_is_gpt2(tmp_path: Path) -> None:
 
 
 def test_files_and_recipe(tmp_path: Path) -> None:
-    written = run("tiny", tmp_path / "new" / "out", steps=2, **SMALL, lr=0.01, beta1=0.8, eps=1e-6, name="named")
-    assert sorted(path.name for path in (tmp_path / "new" / "out").iterdir()) == [
+    out = tmp_path / "new" / "out"
+    written = run("tiny", out, steps=2, **SMALL, lr=0.01, beta1=0.8, eps=1e-6, name="named")
+    assert sorted(path.name for path in out.iterdir()) == [
         "named.bin", "named_debug_state.bin", "named_debug_state.json"
     ]  # fmt: skip
     values = json.loads(written.recipe.read_text())
@@ -450,8 +465,10 @@ def test_seed_and_steps(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("option", "value", "field"),
-    [("version", 5, "version"), ("dtype", "float16", "dtype"), ("decay_on", "3d", "decay_on"), ("steps", 0, "steps"),
-     ("B", 0, "batch size"), ("T", 0, "sequence length")],
+    [
+        ("version", 5, "version"), ("dtype", "float16", "dtype"), ("decay_on", "3d", "decay_on"),
+        ("steps", 0, "steps"), ("B", 0, "batch size"), ("T", 0, "sequence length"),
+    ],
 )  # fmt: skip
 def test_options_of_the_reference(tmp_path: Path, option: str, value: object, field: str) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -472,7 +489,7 @@ def test_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(MissingDependencyError, match="pip install torch"):
         run("tiny", tmp_path / "out", **SMALL)
-    perturb(GPT2(PRESETS["tiny"], reference).params)  # needs none
+    perturb(loading.load("tiny", ops=reference).params)  # needs none
 
 
 # ---- the harder model ------------------------------------------------------------------------------
