@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 STEP_LINES = 50  # about as many steps as this get a line of their own
 QUIET_SECONDS = 10.0  # but after so long a silence the next one does anyway
+REFRESH_SECONDS = 0.1  # between two drawings of the status line: steps of a small model are shorter
 # C0 but for tab and newline, DEL, C1, and the marks that reorder or hide text on the screen.
 UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
 
@@ -64,6 +65,7 @@ class Display:
         self._progress: Progress | None = None
         self._began = self._last_line = time.monotonic()
         self._seconds = 0.0  # of a step, smoothed
+        self._refreshed = 0.0
 
     def __enter__(self) -> Display:
         return self
@@ -133,7 +135,10 @@ class Display:
                 self._progress.task_ids[0], completed=self.done, loss=f"{event.loss:.4f}",
                 speed=count(event.tokens_per_second), eta=duration(self._seconds * (self.steps - self.done)),
             )  # fmt: skip
-            self._progress.refresh()
+            now = time.monotonic()
+            if now - self._refreshed >= REFRESH_SECONDS or self.done == self.steps:
+                self._refreshed = now
+                self._progress.refresh()
         every = -(-self.steps // STEP_LINES)
         due = event.step % every == 0 or self.done == self.steps
         if due or time.monotonic() - self._last_line >= QUIET_SECONDS:

@@ -208,23 +208,32 @@ class GPT2:
         with ThreadPoolExecutor() as pool:
             list(pool.map(draw, jobs))
 
-    def prepare(self, B: int, T: int, gradients: bool = True) -> None:
-        """Allocate activations for (B, T) and, for training, gradients; nothing happens if they are there.
+    def prepare(self, B: int, T: int) -> None:
+        """Allocate what training on batches of (B, T) needs, so that the first step allocates nothing.
 
         ConfigError if T exceeds the model's longest sequence.
         """
+        self._activations(B, T)
+        self._gradients()
+
+    def _activations(self, B: int, T: int) -> Arena:
         if T > self.config.max_seq_len:
             raise ConfigError("sequence length", f"{T} exceeds the model's {self.config.max_seq_len}")
         if self.acts is None or self.acts.losses.shape != (B, T):
             self.acts = None  # freed before its successor is made
             self.acts = Arena(activation_rows(self.config, B, T, self.dtype), self.ops.empty)
-        if gradients and self.grads is None:
+        return self.acts
+
+    def _gradients(self) -> Arena:
+        if self.grads is None:
             self.grads = Arena(parameter_rows(self.config, self.dtype), self.ops.empty)
+        return self.grads
 
     @property
     def losses(self) -> Array:
-        """(B, T): the loss of each token in the last `forward` or `loss`."""
-        assert self.acts is not None, "call prepare() first"
+        """(B, T): the loss of each token in the last `forward` or `loss`.  RuntimeError before either."""
+        if self.acts is None:
+            raise RuntimeError("losses exist only after forward() or loss()")
         return self.acts.losses
 
     # ---- forward -----------------------------------------------------------------------------------
@@ -232,9 +241,8 @@ class GPT2:
     def _body(self, tokens: Array) -> Arena:
         """Everything before the head: acts.lnf from tokens (B, T)."""
         B, T = tokens.shape
-        self.prepare(B, T, gradients=False)
-        ops, p, a, V = self.ops, self.params, self.acts, self.config.vocab_size
-        assert a is not None
+        a = self._activations(B, T)
+        ops, p, V = self.ops, self.params, self.config.vocab_size
 
         ops.embedding_forward(a.residual[0], tokens, p.wte, p.wpe, V, 0)
         for i in range(self.config.num_layers):
@@ -260,12 +268,10 @@ class GPT2:
         adds to the gradients instead of overwriting them.  Follow with `backward`.
         """
         B, T = tokens.shape
-        self.prepare(B, T)
-        a = self._body(tokens)
-        assert self.grads is not None
+        a, grads = self._body(tokens), self._gradients()
         scale = 1.0 / max(1, B * T) if scale is None else scale
         self.ops.head_loss(
-            a.losses, a.lnf, self.grads.wte, a.lnf, self.params.wte, targets, self.config.vocab_size, scale, accumulate
+            a.losses, a.lnf, grads.wte, a.lnf, self.params.wte, targets, self.config.vocab_size, scale, accumulate
         )
         return float(np.mean(a.losses, dtype=np.float64))
 

@@ -9,7 +9,7 @@ Conventions, said once:
   table, L layers.  Activations are float32 `(B, T, C)`; matrices are `(out, in)`; token ids are int32.
 * Arguments come in the order outputs, inputs, saved statistics, parameters, scalars.  `d<x>` is the
   gradient of the loss with respect to `x`.
-* Every array is C-contiguous.  Sizes come from the arrays.  A size may be 0.
+* Every array is writable and C-contiguous.  Sizes come from the arrays.  A size may be 0.
 * Parameter gradients are overwritten, or added to where `accumulate` is true; activation gradients are
   overwritten, except where a branch joins the residual stream (`layernorm_backward`), which adds.
 * An output may share memory with an input only where the docstring says so.
@@ -17,6 +17,7 @@ Conventions, said once:
   argument (`TypeError` for something that is no array), and nothing has been written by then.
 * Only `empty` and `reserve` allocate.  Whatever scratch an op needs lies in one workspace per backend,
   sized by `reserve` before the first call; a workspace that is too small raises `RuntimeError`.
+* The workspace is shared: a backend is called from one thread at a time (it uses as many as it is told to).
 * Results do not depend on the number of threads: every output has one owner, and long sums are taken over
   chunks of fixed size that are combined in order.
 """

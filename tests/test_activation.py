@@ -23,6 +23,7 @@ def gelu_forward_bound(x: Array) -> Array:
 
     y is off by at most 4 units of relative error, which moves tanh by less than 4 * max(y sech^2 y) < 1.8
     units; tanh or its equivalent adds 3, the sum and the two products 3 more.  All are relative to |x|.
+    Measured for the second form: 2.5.
     """
     return UNIT * 8 * np.abs(np.asarray(x, np.float64)) + TINY
 
@@ -31,7 +32,8 @@ def gelu_backward_bound(dout: Array, x: Array) -> Array:
     """For dout * ((1 + t)/2 + x/2 (1 - t^2) y'), y' = SCALE (1 + 3 CUBIC x^2), t = tanh(y), in float32.
 
     t is off by 5 units at most (as above).  1 - t^2 inherits 10 of them and is multiplied by x y' / 2;
-    where t has come to its limit, both it and its error are gone: |1 - t^2| <= 4 exp(-2|y|).
+    where t has come to its limit, both it and its error are gone: |1 - t^2| <= 4 exp(-2|y|).  Measured
+    for the second form with 1 - s as it stands: 33 units of |dout|, near |x| = 4.
     """
     x, dout = np.asarray(x, np.float64), np.abs(np.asarray(dout, np.float64))
     y = np.abs(SCALE * (x + CUBIC * x**3))

@@ -375,6 +375,7 @@ def test_one_status_line_on_a_terminal(on_numpy: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(sys, "stdout", terminal)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(display, "REFRESH_SECONDS", 0.0)
     assert main(shlex.split(f"train {FEW}")) == 0
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.getvalue())
     assert re.search(r"step 3/4 +75% \S* *loss \d\.\d{4} +\d\S* tok/s +ETA 0:00", shown)

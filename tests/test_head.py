@@ -161,6 +161,20 @@ def test_certain_prediction(ops: ModuleType) -> None:
         np.testing.assert_array_equal(array, 0)
 
 
+def test_exponential(ops: ModuleType) -> None:
+    """The exponential itself, alone: two logits 0 and -d, whose difference is exact, and dx = -p(second).
+
+    4 units for e^-d (2 ulp), 1 for the sum, 2 to divide and scale, 1 to store: relative, all the way down.
+    """
+    d = np.arange(0, 87 * 64, 7, dtype=np.float32) / 64
+    x, w = d.reshape(1, -1, 1), np.array([[0], [-1]], np.float32)
+    dx, losses = np.empty_like(x), np.empty_like(x[..., 0])
+    ops.head_loss(losses, dx, np.empty_like(w), x, w, np.zeros(losses.shape, np.int32), 2, 1.0, False)
+    exact = np.exp(-x.astype(np.float64))
+    exact /= 1 + exact
+    assert (np.abs(dx + exact) / exact).max() <= 8 * UNIT
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("V", [1, 8, 19, 64])
 def test_nan_is_kept(ops: ModuleType, rng: Generator, V: int, bad: float) -> None:

@@ -255,7 +255,7 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_fresh_process_obeys_the_environment(server: Hub, tmp_path: Path) -> None:
     """HF_ENDPOINT and HF_HOME as a user sets them, no test's hand inside."""
     environment = os.environ | {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home")}
-    program = "import sys; sys.path[:0] = sys.argv[1:2]; from llmc import hub; print(hub.fetch('owner/model'))"
+    program = "import sys; sys.path[:0] = sys.argv[1:]; from llmc import hub; print(hub.fetch('owner/model'))"
     command = [sys.executable, "-c", program, str(ROOT)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=tmp_path)
     folder = Path(done.stdout.splitlines()[-1])

@@ -224,8 +224,16 @@ def norm_eps(out: Array, mean: Array, rstd: Array, x: Array, w: Array, b: Array,
     reference.layernorm_forward(out, mean, rstd, x, w, b, eps / 10)
 
 
-def attention_late(out: Array, lse: Array, qkv: Array) -> None:
-    reference.attention_forward(out, lse, np.concatenate([qkv[:, :1], qkv[:, :-1]], axis=1))
+def attention_one_ahead(out: Array, lse: Array, qkv: Array) -> None:
+    """The causal mask off by one: each token sees the next one too."""
+    B, T, C = out.shape
+    H = lse.shape[1]
+    q, k, v = (part.reshape(B, T, H, C // H).astype(np.float64) for part in np.split(qkv, 3, axis=2))
+    scores = np.einsum("bthc,bshc->bhts", q, k) / math.sqrt(C // H)
+    scores[..., np.triu(np.ones((T, T), bool), 2)] = -np.inf
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    out[...] = np.einsum("bhts,bshc->bthc", weights, v).reshape(B, T, C)
 
 
 def no_position(out: Array, tokens: Array, wte: Array, wpe: Array, V: int, position: int) -> None:
@@ -248,8 +256,8 @@ FAULTS = {
     "GELU in its erf form": ({"linear_gelu_forward": gelu_erf}, True, "d fcprojw"),
     "LayerNorm epsilon 1e-6": ({"layernorm_forward": norm_eps}, False, "logits"),
     "LayerNorm epsilon 1e-6, perturbed": ({"layernorm_forward": norm_eps}, True, "d ln1w"),
-    "attention from one token late": ({"attention_forward": attention_late}, False, "logits"),
-    "attention from one token late, perturbed": ({"attention_forward": attention_late}, True, "logits"),
+    "causal mask off by one": ({"attention_forward": attention_one_ahead}, False, "logits"),
+    "causal mask off by one, perturbed": ({"attention_forward": attention_one_ahead}, True, "logits"),
     "no positions": ({"embedding_forward": no_position}, False, "logits"),
     "padding in the softmax": ({"head_loss": padded_softmax}, False, "loss"),
     "padding in the softmax, perturbed": ({"head_loss": padded_softmax}, True, "loss"),

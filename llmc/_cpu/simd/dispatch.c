@@ -22,9 +22,9 @@ const IsaEntry *dispatch_table(int *count) {
     table[n++] = (IsaEntry){&kernels_avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")};
 #endif
 #ifdef LLMC_HAVE_AVX512
-    table[n++] = (IsaEntry){&kernels_avx512,
-                            __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-                                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw")};
+    table[n++] =
+        (IsaEntry){&kernels_avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+                                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw")};
 #endif
 #ifdef LLMC_HAVE_NEON
     table[n++] = (IsaEntry){&kernels_neon, 1}; /* part of every AArch64 */

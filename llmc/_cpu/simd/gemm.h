@@ -31,8 +31,8 @@ enum { GEMM_SCRATCH = KC * NC + KC * MC };
 
 /* One tile, m x (nv VL) with the last vector `tail` lanes wide.  m, nv and a_k are compile-time constants. */
 ALWAYS_INLINE void tile_body(const int m, const int nv, const ptrdiff_t a_k, const float *restrict a, ptrdiff_t a_i,
-                             const float *restrict b, ptrdiff_t kc, float *restrict c, ptrdiff_t ldc,
-                             ptrdiff_t tail, int add, const float *restrict bias) {
+                             const float *restrict b, ptrdiff_t kc, float *restrict c, ptrdiff_t ldc, ptrdiff_t tail,
+                             int add, const float *restrict bias) {
     vec acc[MR][NV];
 #pragma GCC unroll 8
     for (int i = 0; i < m; i++)
@@ -72,7 +72,7 @@ ALWAYS_INLINE void tile_body(const int m, const int nv, const ptrdiff_t a_k, con
 ALWAYS_INLINE void tile_any(int m, int nv, const ptrdiff_t a_k, const float *a, ptrdiff_t a_i, const float *b,
                             ptrdiff_t kc, float *c, ptrdiff_t ldc, ptrdiff_t tail, int add, const float *bias) {
 #define TILE(M, V)                                                                                                     \
-    case (M)*4 + (V):                                                                                                  \
+    case (M) * 4 + (V):                                                                                                \
         tile_body(M, V, a_k, a, a_i, b, kc, c, ldc, tail, add, bias);                                                  \
         break;
 #define TILES(M) TILE(M, 1) TILE(M, 2) TILE(M, 3)
@@ -98,9 +98,8 @@ __attribute__((noinline)) static void tile_rows(int m, int nv, const float *a, p
     tile_any(m, nv, 1, a, a_i, b, kc, c, ldc, tail, add, bias);
 }
 
-__attribute__((noinline)) static void tile_packed(int m, int nv, const float *a, const float *b, ptrdiff_t kc,
-                                                  float *c, ptrdiff_t ldc, ptrdiff_t tail, int add,
-                                                  const float *bias) {
+__attribute__((noinline)) static void tile_packed(int m, int nv, const float *a, const float *b, ptrdiff_t kc, float *c,
+                                                  ptrdiff_t ldc, ptrdiff_t tail, int add, const float *bias) {
     tile_any(m, nv, MR, a, 1, b, kc, c, ldc, tail, add, bias);
 }
 

@@ -4,27 +4,28 @@
 
 /* gelu(x) = x/2 (1 + tanh u), u = sqrt(2/pi) (x + 0.044715 x^3).  Since (1 + tanh u)/2 = 1/(1 + e^(-2u)), it is
  * x times a logistic: no tanh, and no cancellation for negative x. */
-ALWAYS_INLINE vec gelu_gate(vec x, vec x2) {
-    vec minus_2u = v_mul(x, v_fma(x2, v_set(-2.0f * 0.797884560802865f * 0.044715f), v_set(-2.0f * 0.797884560802865f)));
-    return v_div(v_set(1.0f), v_add(v_set(1.0f), v_exp(minus_2u)));
+ALWAYS_INLINE vec gelu_exp(vec x, vec x2) { /* e^(-2u) */
+    const float twice = 2.0f * 0.797884560802865f;
+    return v_exp(v_mul(x, v_fma(x2, v_set(-twice * 0.044715f), v_set(-twice))));
 }
 
 static void gelu_forward_span(float *out, const float *x, ptrdiff_t n) {
     for (ptrdiff_t i = 0; i < n; i += VL) {
         vec v = load_upto(x + i, n - i);
-        store_upto(out + i, v_mul(v, gelu_gate(v, v_mul(v, v))), n - i);
+        store_upto(out + i, v_div(v, v_add(v_set(1.0f), gelu_exp(v, v_mul(v, v)))), n - i);
     }
 }
 
-/* gelu' = s + x s (1 - s) 2u',  2u' = 2 sqrt(2/pi) (1 + 3 * 0.044715 x^2).  1 - s is s e^(-2u), but for large x both are 0
- * to working precision; beyond |x| = 12 the second term is nothing, and x is held there lest 0 * inf appear. */
+/* gelu' = s + x s (1 - s) 2u' with s = 1/(1 + e), 1 - s = s e (no cancellation), e = e^(-2u), and
+ * 2u' = 2 sqrt(2/pi) (1 + 3 * 0.044715 x^2).  Beyond |x| = 12 the second term is nothing, and x is held there lest
+ * 0 * inf appear. */
 static void gelu_backward_span(float *dx, const float *dout, const float *x, ptrdiff_t n) {
+    const float twice = 2.0f * 0.797884560802865f;
     for (ptrdiff_t i = 0; i < n; i += VL) {
-        vec v = load_upto(x + i, n - i);
-        vec held = v_min(v_set(12.0f), v_max(v_set(-12.0f), v));
-        vec h2 = v_mul(held, held), s = gelu_gate(held, h2);
-        vec slope = v_fma(h2, v_set(6.0f * 0.797884560802865f * 0.044715f), v_set(2.0f * 0.797884560802865f));
-        vec g = v_fma(v_mul(v_mul(held, s), v_sub(v_set(1.0f), s)), slope, s);
+        vec v = v_min(v_set(12.0f), v_max(v_set(-12.0f), load_upto(x + i, n - i)));
+        vec v2 = v_mul(v, v), e = gelu_exp(v, v2), s = v_div(v_set(1.0f), v_add(v_set(1.0f), e));
+        vec slope = v_fma(v2, v_set(3.0f * twice * 0.044715f), v_set(twice));
+        vec g = v_fma(v_mul(v_mul(v, s), v_mul(s, e)), slope, s);
         store_upto(dx + i, v_mul(load_upto(dout + i, n - i), g), n - i);
     }
 }

@@ -54,8 +54,8 @@ static void layernorm_row(float *out, float *mean, float *rstd, const float *x, 
 
 /* With n = (x - mean) rstd and g = dout w:
  *     dx += rstd (g - mean(g) - n mean(g n));   dw += dout n;   db += dout */
-static void layernorm_backward_row(float *dx, float *dw, float *db, const float *dout, const float *x,
-                                   const float *w, float mean, float rstd, ptrdiff_t C) {
+static void layernorm_backward_row(float *dx, float *dw, float *db, const float *dout, const float *x, const float *w,
+                                   float mean, float rstd, ptrdiff_t C) {
     vec m = v_set(mean), r = v_set(rstd), sum_g = v_set(0.0f), sum_gn = v_set(0.0f);
     for (ptrdiff_t i = 0; i < C; i += VL) {
         ptrdiff_t k = C - i;
