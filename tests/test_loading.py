@@ -210,6 +210,8 @@ def test_untied_head_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     head = model.params.wte[: TINY.vocab_size].copy()
     head[-1, -1] += 1e-6  # the very last value: every chunk is compared
     monkeypatch.setattr(checkpoint, "CHUNK", 1000)
+    tied = model.params.wte[: TINY.vocab_size]
+    load(write_folder(tmp_path / "tied", hf_tensors(model) | {"lm_head.weight": tied}))
     folder = write_folder(tmp_path / "folder", hf_tensors(model) | {"lm_head.weight": head})
     with pytest.raises(FileFormatError, match="lm_head.weight: differs"):
         load(folder)
@@ -439,6 +441,8 @@ def test_saved_folder_is_read_by_the_library_and_again(tmp_path: Path) -> None:
     with pytest.importorskip("safetensors").safe_open(folder / "model.safetensors", "numpy") as file:
         assert file.metadata() == {"format": "pt"}
     assert_same(load(folder), model)
+    data = (folder / "model.safetensors").read_bytes()
+    assert int.from_bytes(data[:8], "little") % 8 == 0, "tensors begin on a multiple of 8 bytes"
     model.params.lnfb[...] += 1
     loading.save(model, folder)  # a later checkpoint in the same place
     assert_same(load(folder), model)
@@ -469,6 +473,15 @@ def test_tokenizer_file_goes_with_the_folder(tmp_path: Path) -> None:
     assert again.tokenizer.decode([64, 65]) == "AB" and again.tokenizer.eot == 99
     loading.save(again, tmp_path / "folder")  # over itself
     assert load(tmp_path / "folder").tokenizer.decode([64]) == "A"
+
+
+def test_a_tokenizer_file_lies_in_the_folder(tmp_path: Path) -> None:
+    """A downloaded config.json does not get to name files elsewhere."""
+    tokenizer.write_tokenizer_file(tmp_path / "my.bin", [b"a", b"b"], 1)
+    for name in ("../my.bin", str(tmp_path / "my.bin")):
+        config = hf_config(llmc_tokenizer=name)
+        with pytest.raises(FileFormatError, match="llmc_tokenizer"):
+            load(write_folder(tmp_path / "folder", hf_tensors(random_model()), config))
 
 
 def test_save_cannot_write(tmp_path: Path) -> None:
