@@ -11,6 +11,5 @@ set(CMAKE_FIND_ROOT_PATH_MODE_PROGRAM NEVER)
 set(CMAKE_FIND_ROOT_PATH_MODE_INCLUDE ONLY)
 set(CMAKE_FIND_ROOT_PATH_MODE_LIBRARY ONLY)
 
-# FindPython may use the interpreter of the target, through the emulator (CMake 4.1 and newer).
-set(CMAKE_POLICY_DEFAULT_CMP0190 NEW)
+# With policy CMP0190 (CMake 4.1), FindPython runs the target's interpreter through the emulator.
 file(GLOB Python_EXECUTABLE "${NEON_CACHE}/root/usr/bin/python3.[0-9]" "${NEON_CACHE}/root/usr/bin/python3.[0-9][0-9]")

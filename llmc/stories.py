@@ -7,7 +7,7 @@ once comes back later (the name, the friend's name, the thing, the feeling), so 
     On a foggy Monday, Rosa the mole lost her shiny green drum. She looked under the bed, ...
 
 Story `index` of a split is a function of (seed, split, index) alone.  Training and validation are two
-independent streams of the same distribution; the grammar has some e^55 stories, so they share none in
+independent streams of the same distribution; the grammar has some e^45 stories, so they share none in
 practice, and what the ideal model achieves is the same for both.
 
 The entropy is exact.  A story is a chain of choices, each uniform over a list of texts of which none is a
@@ -102,163 +102,126 @@ def _list(text: str) -> tuple[str, ...]:
     return tuple(item.strip() for item in text.replace("\n", " ").split(","))
 
 
+# Short lists of short words: a small model must meet each of them often within a few million bytes.
 _GIRLS = _list("""
-    Mia, Lily, Anna, Rosa, Emma, Nora, Ella, Ivy, Lucy, Zoe, Ruby, Maya, Nina, Tess, Jane, Clara, Daisy,
-    Hazel, Olive, Poppy, Wendy, Fern, Greta, Ida, Kate, Molly, Pia, Sally, Tilly, Una, Vera, Willa
+    Mia, Lily, Anna, Rosa, Emma, Nora, Ella, Ivy, Lucy, Zoe, Ruby, Maya, Tess, Jane, Clara, Daisy, Olive,
+    Poppy, Greta, Kate
 """)
 _BOYS = _list("""
-    Tom, Ben, Max, Sam, Leo, Jack, Finn, Hugo, Oscar, Felix, Otto, Paul, Pete, Ralph, Simon, Toby, Victor,
-    Walt, Adam, Bruno, Carl, David, Edgar, Fred, Gus, Henry, Igor, Jonas, Kurt, Lars, Miles, Ned
+    Tom, Ben, Max, Sam, Leo, Jack, Finn, Hugo, Oscar, Felix, Otto, Paul, Pete, Simon, Toby, Victor, Adam,
+    Bruno, Gus, Henry
 """)
 _NAMES = _GIRLS + _BOYS
 _IS_GIRL = frozenset(_GIRLS)
 _KINDS = _list("""
     fox, bear, rabbit, mouse, cat, dog, duck, frog, hen, pig, goat, lamb, hedgehog, squirrel, badger, mole,
-    otter, beaver, deer, panda, penguin, owl, turtle, pony, calf, crow, goose, robin, toad, hare, donkey, swan
+    otter, beaver, deer, panda, owl, turtle, pony, crow
 """)
-_WEATHERS = _list("""
-    sunny, rainy, windy, warm, cold, foggy, snowy, cloudy, bright, quiet, stormy, mild, grey, fine, frosty,
-    cool
-""")
-_TIMES = _list("""
-    Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday, morning, afternoon, evening
-""")
+_WEATHERS = _list("sunny, rainy, windy, warm, cold, foggy, snowy, cloudy, bright, quiet, stormy, mild")
+_TIMES = _list("Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday, morning, afternoon, evening")
 _PLACES = _list("""
-    river, lake, pond, forest, meadow, market, mill, farm, beach, hill, park, village, barn, orchard, bridge,
-    garden, school, harbour, well, field, castle, station, library, bakery, brook, windmill, church, tower,
-    island, zoo, stable, town
+    river, lake, pond, forest, meadow, market, mill, farm, beach, hill, park, village, barn, bridge, garden,
+    school, castle, station, bakery, tower
 """)
 _A_SIZES = _list("""
-    a small, a big, an old, a new, a tiny, a shiny, a pretty, an odd, a funny, a plain, a huge, a simple,
-    a lovely, a strange, an ugly, a neat
+    a small, a big, an old, a new, a tiny, a shiny, a pretty, a funny, a plain, a huge, a lovely, an ugly
 """)
 _SIZES = tuple(size.split(" ", 1)[1] for size in _A_SIZES)
-_COLOURS = _list("""
-    red, blue, green, yellow, orange, purple, pink, brown, black, white, grey, golden, silver, striped,
-    spotted, violet
-""")
+_COLOURS = _list("red, blue, green, yellow, orange, purple, pink, brown, black, white, grey, golden")
 _FEELINGS = _list("""
-    sad, upset, worried, cross, unhappy, gloomy, angry, tearful, glum, sorry, troubled, moody, lonely, grumpy,
-    annoyed, downcast
+    sad, upset, worried, cross, unhappy, gloomy, angry, tearful, glum, lonely, grumpy, annoyed
 """)
 _ACTIVITIES = _list("""
-    picking plums, fishing, reading, painting a fence, chopping wood, digging a hole, singing, baking,
-    hanging out socks, sweeping a path, watering flowers, building a wall, taking a nap, counting clouds,
-    chasing a hat, knitting, drinking tea, eating soup, playing chess, gathering nuts, making jam,
-    raking leaves, catching snails, planting beans, washing windows, mending a net, having lunch,
-    drawing a tree, whistling, stacking hay, telling jokes, flying a kite
+    fishing, reading, singing, baking, knitting, picking plums, chopping wood, digging a hole, taking a nap,
+    counting clouds, drinking tea, eating soup, playing chess, planting beans, mending a net, flying a kite
 """)
 _ARRIVALS = _list("came over, ran up, stopped, saw it, got up, hurried over, looked up, turned round")
 _FOODS = _list("""
     bread, honey, jam, cheese, milk, plums, apples, pears, nuts, soup, cake, pie, tea, rice, beans, carrots,
-    berries, cherries, grapes, eggs, butter, biscuits, pancakes, porridge, toast, figs, melon, cream, corn,
-    waffles, muffins, cocoa
+    berries, cherries, grapes, eggs, butter, toast, melon, corn
 """)
 _SPOTS = _list("""
     under the bed, behind the door, in the barn, on the roof, in the attic, by the well, by the pond,
-    under the stairs, behind the mill, in the kitchen, on the shelf, in the oven, under a bench,
-    near the gate, in the grass, up in a tree, behind the sofa, in the bath, under the table, at the market,
-    by the river, in a basket, on the swing, inside a boot, under a rug, in the cupboard,
-    behind the shed, beside the path, in the hay, under the bridge, at the station, near the fire
+    under the stairs, behind the mill, in the kitchen, on the shelf, in the oven, near the gate, in the grass,
+    up in a tree, in the bath, by the river, on the swing, behind the shed, in the hay
 """)
 _FLAVOURS = _list("""
     a plum, an apple, a pear, a cherry, a carrot, a nut, a lemon, an orange, a peach, a honey, a ginger,
-    an almond, a banana, a coconut, a pumpkin, a berry
+    a berry
 """)
 _PASTRIES = _list("cake, pie, tart, pudding")
-_INGREDIENTS = _list("""
-    flour, eggs, butter, milk, sugar, cream, salt, yeast, oats, cinnamon, vanilla, syrup, raisins, cocoa, jam,
-    treacle
-""")
+_INGREDIENTS = _list("flour, eggs, butter, milk, sugar, cream, salt, yeast, oats, syrup, raisins, cocoa")
 _MISHAPS = _list("""
-    missed lunch, lost the way, fallen in a puddle, torn a coat, dropped an ice cream, broken a cup,
-    lost a race, slept badly, missed the bus, burnt the toast, spilt the milk, lost a tooth, hurt a toe,
-    had a bad dream, met a rude bee, come too late, found no friends, lost a key, got wet feet,
-    lost a button, had a quarrel, waited for hours, bumped into a door, sat on a thistle
+    missed lunch, lost the way, torn a coat, broken a cup, lost a race, slept badly, missed the bus,
+    burnt the toast, spilt the milk, hurt a toe, had a bad dream, come too late, found no friends, lost a key,
+    got wet feet, sat on a thistle
 """)
 
-# What can go wrong with a thing, and three ways to put it right.
-_Troubles = dict[str, tuple[str, ...]]
+# What can go wrong with a thing, and two ways to put it right.
+_Troubles = dict[str, tuple[str, str]]
 _CLOTH: _Troubles = {
-    "tore on a nail": ("sewed it up", "put a patch on it", "mended it with a pin"),
-    "fell in the mud": ("washed it with soap", "rinsed it in a brook", "scrubbed it clean"),
-    "blew into a tree": ("shook it down", "fetched a long ladder", "pulled it off the branch"),
-    "got soaking wet": ("hung it by the stove", "wrung it out", "dried it with a towel"),
+    "tore on a nail": ("sewed it up", "put a patch on it"),
+    "fell in the mud": ("washed it with soap", "scrubbed it clean"),
+    "blew into a tree": ("shook it down", "fetched a ladder"),
 }
 _WHEELS: _Troubles = {
-    "lost a wheel": ("screwed on a new one", "put the wheel back on", "made one from a plate"),
-    "rolled into a ditch": ("pulled it out", "pushed it back up", "lifted it out with a rope"),
-    "would not move": ("oiled the wheels", "kicked away a stone", "gave it a big push"),
-    "ran into a post": ("hammered it straight", "bent it back", "fixed it with wire"),
+    "lost a wheel": ("put on a new one", "made one from a plate"),
+    "rolled into a ditch": ("pulled it out", "pushed it back up"),
+    "would not move": ("oiled the wheels", "gave it a big push"),
 }
 _MUSIC: _Troubles = {
-    "made no sound": ("shook a pea out of it", "blew the dust out", "cleaned it well"),
-    "got a crack": ("glued the crack", "put tape on it", "rubbed wax into it"),
-    "fell off a bench": ("straightened it", "tapped out the dent", "made it whole again"),
-    "filled with sand": ("tipped the sand out", "brushed it clean", "rinsed it at a pump"),
+    "made no sound": ("blew the dust out", "shook a pea out of it"),
+    "fell off a bench": ("tapped out the dent", "made it whole again"),
+    "filled with sand": ("tipped the sand out", "brushed it clean"),
 }
 _DISHES: _Troubles = {
-    "fell and broke": ("glued it together", "stuck every bit back on", "fixed it with clay"),
-    "rolled under a shed": ("raked it out", "crawled in for it", "poked it out with a stick"),
-    "began to leak": ("sealed the hole", "filled a thin crack", "mended it with wax"),
-    "sank in a pond": ("dived in for it", "scooped it out", "hooked it with a rod"),
-}
-_PAPER: _Troubles = {
-    "blew away": ("ran after it", "caught it in the air", "stopped it with a foot"),
-    "got wet": ("dried it by the fire", "pressed it dry", "hung it on a line"),
-    "tore in two": ("taped it together", "glued the halves", "stitched it up"),
-    "fell behind a wall": ("hooked it out", "moved a brick", "reached in for it"),
+    "fell and broke": ("glued it together", "fixed it with clay"),
+    "rolled under a shed": ("raked it out", "crawled in for it"),
+    "sank in a pond": ("dived in for it", "fished it out"),
 }
 _TOYS: _Troubles = {
-    "landed on a roof": ("climbed up for it", "knocked it down", "got it with a pole"),
-    "got stuck in a hedge": ("cut the twigs", "poked it out", "pulled it free"),
-    "floated downstream": ("waded in for it", "caught it with a net", "stopped it with a branch"),
-    "fell down a hole": ("pulled it up with string", "dug it out", "reached down for it"),
+    "landed on a roof": ("climbed up for it", "knocked it down"),
+    "got stuck in a hedge": ("cut the twigs", "pulled it free"),
+    "floated downstream": ("waded in for it", "caught it with a net"),
 }
 _TROUBLES: dict[str, _Troubles] = {
-    **dict.fromkeys(_list("scarf, coat, hat, blanket, flag, cloak, apron, glove"), _CLOTH),
-    **dict.fromkeys(_list("cart, bike, wagon, scooter, sledge, pram, truck, barrow"), _WHEELS),
-    **dict.fromkeys(_list("drum, flute, fiddle, horn, bell, guitar, banjo, trumpet"), _MUSIC),
-    **dict.fromkeys(_list("cup, jug, bowl, teapot, vase, bucket, mug, jar"), _DISHES),
-    **dict.fromkeys(_list("book, map, picture, letter, card, poster, diary, calendar"), _PAPER),
-    **dict.fromkeys(_list("ball, kite, boat, doll, hoop, plane, puppet, top"), _TOYS),
+    **dict.fromkeys(_list("scarf, coat, hat, blanket, flag, glove"), _CLOTH),
+    **dict.fromkeys(_list("cart, bike, wagon, scooter, pram, truck"), _WHEELS),
+    **dict.fromkeys(_list("drum, flute, fiddle, horn, bell, trumpet"), _MUSIC),
+    **dict.fromkeys(_list("cup, jug, bowl, teapot, vase, bucket"), _DISHES),
+    **dict.fromkeys(_list("ball, kite, boat, doll, hoop, plane"), _TOYS),
 }
 _THINGS = tuple(_TROUBLES)
 
 
 class _Fear(NamedTuple):
-    """Four reasons to be afraid, and four things a friend does; {her} is her or him."""
+    """Three reasons to be afraid, and three things a friend does; {her} is her or him."""
 
-    reasons: tuple[str, ...]
-    cures: tuple[str, ...]
+    reasons: tuple[str, str, str]
+    cures: tuple[str, str, str]
 
 
 _LOUD = _Fear(
-    ("The noise is so loud", "My ears hurt", "I jump every time", "It never seems to end"),
-    ("sang louder than that", "gave {her} ear muffs", "hummed along with it", "told {her} what it was"),
+    ("The noise is so loud", "My ears hurt", "I jump every time"),
+    ("sang louder than that", "gave {her} ear muffs", "told {her} what it was"),
 )
 _DARK = _Fear(
-    ("I cannot see a thing", "Something may hide there", "I could get lost", "It feels so empty"),
-    ("brought a lantern", "went in and whistled", "gave {her} a lamp", "walked beside {her}"),
+    ("I cannot see a thing", "Something may hide there", "It feels so empty"),
+    ("brought a lantern", "went in and whistled", "walked beside {her}"),
 )
 _HIGH = _Fear(
-    ("I am sure to slip", "It is a long way down", "My knees are shaking", "Looking makes me dizzy"),
-    ("tied a rope to {her}", "went ahead and waved", "held {her} tight", "counted the steps"),
+    ("I am sure to slip", "It is a long way down", "My knees are shaking"),
+    ("tied a rope to {her}", "went ahead and waved", "held {her} tight"),
 )
 _ALIVE = _Fear(
-    ("They might bite", "They are so quick", "They look so strange", "I think they hate me"),
-    ("showed {her} a friendly one", "watched them with {her}", "drew one with a smile", "fed them crumbs"),
+    ("They might bite", "They look so strange", "I think they hate me"),
+    ("showed {her} a friendly one", "drew one with a smile", "fed them crumbs"),
 )
 _FEARS_OF: dict[str, _Fear] = {
-    **dict.fromkeys(_list("thunder, fireworks, the bell, barking, the train, drums, sirens, saws"), _LOUD),
-    **dict.fromkeys(
-        _list("the dark, the cellar, the cave, the mine, the tunnel, the loft, the night, the forest"), _DARK
-    ),
-    **dict.fromkeys(
-        _list("the cliff, the bridge, the slide, the ladder, the swing, the stilts, the mast, the wall"),
-        _HIGH,
-    ),
-    **dict.fromkeys(_list("bees, spiders, moths, bulls, crabs, bats, wasps, ants"), _ALIVE),
+    **dict.fromkeys(_list("thunder, the bell, the train, drums"), _LOUD),
+    **dict.fromkeys(_list("the dark, the cellar, the cave, the night"), _DARK),
+    **dict.fromkeys(_list("the cliff, the slide, the ladder, the swing"), _HIGH),
+    **dict.fromkeys(_list("bees, spiders, bats, crabs"), _ALIVE),
 }
 _FEARS = tuple(_FEARS_OF)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import struct
@@ -99,7 +100,7 @@ def test_other_arguments_that_cannot_work(tmp_path: Path) -> None:
         ("shard_tokens", {"vocab_size": 9, "shard_tokens": 2**31}),
     ):
         with pytest.raises(ConfigError, match=message):
-            ShardWriter(path, **options)  # type: ignore[arg-type]
+            ShardWriter(path, **options)
     with pytest.raises(ConfigError, match="float64"):
         write_shard(path, np.array([1.5]), vocab_size=9)
     with pytest.raises(ConfigError, match="nothing to write"):
@@ -109,7 +110,9 @@ def test_other_arguments_that_cannot_work(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = shard(tmp_path / "a.bin", 10)
     before = path.read_bytes()
 
@@ -190,7 +193,7 @@ def test_patterns_paths_and_lists_of_them(tmp_path: Path, monkeypatch: pytest.Mo
     assert find_shards("~/a.bin") == [str(a)]
     for pattern in (str(tmp_path / "none"), str(tmp_path / "n*"), [a, tmp_path / "none"]):
         with pytest.raises(ConfigError, match="no file matches .*n"):
-            find_shards(pattern)  # type: ignore[arg-type]
+            find_shards(pattern)
     with pytest.raises(ConfigError, match="no file was named"):
         find_shards([])
 
@@ -228,7 +231,7 @@ def test_shuffling_permutes_each_epoch_differently(three: str) -> None:
     assert sorted(first) == sorted(second) == sorted(everything)
     assert len({tuple(everything), tuple(first), tuple(second)}) == 3
     # A shard is finished before the next is begun.
-    assert len([1 for a, b in zip(first, first[1:], strict=False) if a // 1000 != b // 1000]) == 2
+    assert len([1 for a, b in itertools.pairwise(first) if a // 1000 != b // 1000]) == 2
 
 
 def test_the_seed_decides_the_order(three: str) -> None:
@@ -286,7 +289,14 @@ def test_a_state_of_something_else_is_refused(three: str, tmp_path: Path) -> Non
             other.restore(state)
         assert other.state() == before
     reader = Shards(three, 2, 2)
-    for name, wrong in (("epoch", -1), ("epoch", None), ("shard", 3), ("shard", -1), ("batch", 99), ("batch", "x")):
+    for name, wrong in (
+        ("epoch", -1),
+        ("epoch", None),
+        ("shard", 3),
+        ("shard", -1),
+        ("batch", 99),
+        ("batch", "x"),
+    ):
         with pytest.raises(ConfigError, match=f"data state: {name}"):
             reader.restore({**state, name: wrong})  # type: ignore[dict-item]
         assert reader.state() == state
@@ -355,7 +365,9 @@ TOKENS = struct.pack("<100H", *range(100))
         (struct.pack("<i", 5) * 100 + b"x", "size", "401 bytes"),
     ],
 )
-def test_bad_files_are_refused_by_name_and_field(tmp_path: Path, content: bytes, field: str, message: str) -> None:
+def test_bad_files_are_refused_by_name_and_field(
+    tmp_path: Path, content: bytes, field: str, message: str
+) -> None:
     path = tmp_path / "bad.bin"
     path.write_bytes(content)
     with pytest.raises(FileFormatError) as caught:

@@ -106,7 +106,9 @@ def test_tinyshakespeare_s_rule(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 def test_tinyshakespeare_downloads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, served: str) -> None:
     text = fake_shakespeare(monkeypatch, f"{served}/input.txt")
     (tmp_path / "served" / "input.txt").write_bytes(text)
-    out, stages, seen = tmp_path / "deep" / "out", [], []
+    out = tmp_path / "deep" / "out"
+    stages: list[str] = []
+    seen: list[tuple[int, int]] = []
     made = datasets.prepare_tinyshakespeare(
         out, tokenizer="bytes", stage=stages.append, progress=lambda *counts: seen.append(counts)
     )
@@ -144,14 +146,15 @@ def test_an_output_folder_that_cannot_be_made(tmp_path: Path) -> None:
 # ---- TinyStories -----------------------------------------------------------------------------------
 
 STORIES = {
-    "data01.json": [" One day.\n", "Tim said: \"Hi\" [and] {so} on, \\ 🙂."],
+    "data01.json": [" One day.\n", 'Tim said: "Hi" [and] {so} on, \\ 🙂.'],
     "data00.json": ["Held out."],
     "data02.json": ["", "The end"],
 }
 
 
-def json_of(stories: list[str], **options: int) -> bytes:
-    return json.dumps([{"summary": "s", "story": story, "n": [1, {"a": 2}]} for story in stories], **options).encode()
+def json_of(stories: list[str], indent: int | None = None) -> bytes:
+    items = [{"summary": "s", "story": story, "n": [1, {"a": 2}]} for story in stories]
+    return json.dumps(items, indent=indent).encode()
 
 
 def archive(path: Path, files: dict[str, bytes], mode: str = "w:gz") -> Path:
@@ -171,8 +174,7 @@ def stories_ids(*files: str) -> list[int]:
 @pytest.mark.parametrize("indent", [None, 2])
 def test_tinystories(tmp_path: Path, kind: str, indent: int | None) -> None:
     """Validation is data00.json, wherever it lies; other files and macOS's ._ files are passed over."""
-    options = {} if indent is None else {"indent": indent}
-    files = {name: json_of(stories, **options) for name, stories in STORIES.items()}
+    files = {name: json_of(stories, indent) for name, stories in STORIES.items()}
     if kind == "folder":
         (tmp_path / "in").mkdir()
         for name, content in files.items():
@@ -214,7 +216,10 @@ def test_tinystories_with_gpt2(gpt2: tokenizer.Tokenizer, tmp_path: Path) -> Non
 def test_tinystories_in_shards(tmp_path: Path) -> None:
     source = archive(tmp_path / "in.tar.gz", {name: json_of(stories) for name, stories in STORIES.items()})
     made = datasets.prepare_tinystories(tmp_path / "out", source, tokenizer="bytes", shard_tokens=7)
-    assert [path.name for path in made.train[:2]] == ["TinyStories_train_000000.bin", "TinyStories_train_000001.bin"]
+    assert [path.name for path in made.train[:2]] == [
+        "TinyStories_train_000000.bin",
+        "TinyStories_train_000001.bin",
+    ]
     assert tokens(*made.train) == stories_ids("data01.json", "data02.json")
     assert tokens(*made.val) == stories_ids("data00.json")
 
@@ -291,7 +296,9 @@ def test_json_may_be_cut_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_split_without_stories(tmp_path: Path, missing: str) -> None:
     files = {name: GOOD for name in ("data00.json", "data01.json") if name != missing}
     with pytest.raises(FileFormatError, match=missing):
-        datasets.prepare_tinystories(tmp_path / "out", archive(tmp_path / "in.tar.gz", files), tokenizer="bytes")
+        datasets.prepare_tinystories(
+            tmp_path / "out", archive(tmp_path / "in.tar.gz", files), tokenizer="bytes"
+        )
     assert names(tmp_path / "out") == []
 
 
@@ -320,7 +327,10 @@ def test_a_text_is_divided_at_the_end_of_a_line(tmp_path: Path) -> None:
     (tmp_path / "my text.txt").write_text("".join(lines))
     seen: list[tuple[int, int]] = []
     made = datasets.prepare_text(
-        tmp_path / "my text.txt", tmp_path / "out", tokenizer="bytes", progress=lambda *counts: seen.append(counts)
+        tmp_path / "my text.txt",
+        tmp_path / "out",
+        tokenizer="bytes",
+        progress=lambda *counts: seen.append(counts),
     )
     val, train = tokens(*made.val), tokens(*made.train)
     assert (val[0], train[0]) == (EOT, EOT)
@@ -335,7 +345,9 @@ def test_a_text_is_divided_at_the_end_of_a_line(tmp_path: Path) -> None:
 
 def test_a_text_without_validation_part(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("all of it")
-    made = datasets.prepare_text(tmp_path / "a.txt", tmp_path / "out", tokenizer="bytes", val_fraction=0, name="b")
+    made = datasets.prepare_text(
+        tmp_path / "a.txt", tmp_path / "out", tokenizer="bytes", val_fraction=0, name="b"
+    )
     assert (made.val, made.val_tokens) == ((), 0)
     assert tokens(*made.train) == [EOT, *b"all of it"]
     assert names(tmp_path / "out") == ["b_train.bin"]
@@ -347,8 +359,14 @@ def test_pieces_do_not_change_the_tokens(
 ) -> None:
     """Whatever the pieces, the ids are those of the whole text."""
     text = (
-        "First,  two   spaces.\n\n\n  Then lines \t tabs\r\n\r\nwe've I'll 'tis 123 4567,don't!?\x1c!\x1d \x85x\u00a0y"
-        "\u3000日本語 の テキスト 🙂 🙃\n" + " " * 20 + "end" + "\n" * 9 + "e\u0301 \n" + "x" * 50 + " \n last \n"
+        "First,  two   spaces.\n\n\n  Then lines \t tabs\r\n\r\nwe've I'll 'tis 123 4567,"
+        "don't!?\x1c!\x1d \x85x\u00a0y\u3000日本語 の テキスト 🙂 🙃\n"
+        + " " * 20
+        + "end"
+        + "\n" * 9
+        + "e\u0301 \n"
+        + "x" * 50
+        + " \n last \n"
     )
     (tmp_path / "a.txt").write_bytes(text.encode())
     monkeypatch.setattr(datasets, "TEXT_CHUNK", chunk)
@@ -379,7 +397,9 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
     assert tokens(*made.train) == [EOT, *b"one"]
 
 
-def test_text_without_white_space_is_cut_in_bounded_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_without_white_space_is_cut_in_bounded_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(datasets, "TEXT_CHUNK", 10)
     monkeypatch.setattr(datasets, "LONGEST_PIECE", 25)
     text = "日本語" * 100
@@ -388,7 +408,9 @@ def test_text_without_white_space_is_cut_in_bounded_pieces(tmp_path: Path, monke
         pieces = list(datasets._pieces(file, tmp_path / "a.txt", 0, 900, 900, None))
     assert "".join(pieces) == text
     assert max(map(len, pieces)) <= 35
-    made = datasets.prepare_text(tmp_path / "a.txt", tmp_path, tokenizer="bytes")  # one line: cut at a character
+    made = datasets.prepare_text(
+        tmp_path / "a.txt", tmp_path, tokenizer="bytes"
+    )  # one line: cut at a character
     assert bytes(tokens(*made.train)[1:]).decode() in text
 
 

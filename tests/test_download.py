@@ -113,7 +113,9 @@ def names(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("fixed", [True, False])
-def test_a_download_arrives_whole_and_leaves_nothing_else(server: Server, tmp_path: Path, fixed: bool) -> None:
+def test_a_download_arrives_whole_and_leaves_nothing_else(
+    server: Server, tmp_path: Path, fixed: bool
+) -> None:
     seen: list[tuple[int, int]] = []
     source = pinned(server) if fixed else Source(server.url)
     path = fetch(source, tmp_path / "f", progress=lambda done, total: seen.append((done, total)))
@@ -133,7 +135,9 @@ def test_redirections_are_followed(server: Server, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fixed", [True, False])
-def test_a_connection_that_breaks_is_taken_up_where_it_ended(server: Server, tmp_path: Path, fixed: bool) -> None:
+def test_a_connection_that_breaks_is_taken_up_where_it_ended(
+    server: Server, tmp_path: Path, fixed: bool
+) -> None:
     server.cuts = [1000, 50_000]
     source = pinned(server) if fixed else Source(server.url)
     assert fetch(source, tmp_path / "f").read_bytes() == CONTENT
@@ -142,7 +146,9 @@ def test_a_connection_that_breaks_is_taken_up_where_it_ended(server: Server, tmp
 
 
 @pytest.mark.parametrize("fixed", [True, False])
-def test_a_later_call_goes_on_from_where_the_last_gave_up(server: Server, tmp_path: Path, fixed: bool) -> None:
+def test_a_later_call_goes_on_from_where_the_last_gave_up(
+    server: Server, tmp_path: Path, fixed: bool
+) -> None:
     source = pinned(server) if fixed else Source(server.url)
     server.cuts = [1000, 0, 0, 0]
     with pytest.raises(DownloadError, match="1000 of 300000 bytes; 1000 bytes have come and are kept"):
@@ -164,7 +170,9 @@ def test_a_file_that_changed_on_the_server_is_not_stitched_together(server: Serv
 
 
 @pytest.mark.parametrize("etag", ["", 'W/"weak"'])
-def test_without_a_strong_mark_or_hash_everything_comes_anew(server: Server, tmp_path: Path, etag: str) -> None:
+def test_without_a_strong_mark_or_hash_everything_comes_anew(
+    server: Server, tmp_path: Path, etag: str
+) -> None:
     server.etag = etag
     server.cuts = [1000]
     assert fetch(Source(server.url), tmp_path / "f").read_bytes() == CONTENT

@@ -84,7 +84,7 @@ def small(t: Teller) -> None:
 def test_probabilities_equal_those_of_the_list_of_all_stories(grammar: Callable[[Teller], object]) -> None:
     texts = every_story(grammar)
     assert sum(texts.values()) == pytest.approx(1)
-    seen = set()
+    seen: set[str] = set()
     for number in range(0, 5000, 7):
         teller = ScoringTeller(number)
         grammar(teller)
@@ -277,7 +277,7 @@ def test_windows(B: int, T: int) -> None:
         for row in range(B):
             ids = [*x[row].tolist(), int(y[row, -1])]
             texts = bytes(i if i != EOT else 0 for i in ids).decode("ascii").split("\0")[1:]
-            assert all(text.endswith(".\n") or text.endswith('."\n') or text[-2] in '!"' for text in texts[:-1])
+            assert all(text[-2] in '.!"' for text in texts[:-1])
             assert not seen & set(texts[:-1])
             seen.update(texts[:-1])
 
@@ -313,9 +313,9 @@ def test_stories_do_not_change_between_versions() -> None:
 
 
 FIRST = (
-    "On a quiet evening, Lars the calf took his old white poster to the windmill. But the poster fell behind "
-    "a wall, and he was gloomy. Luckily Lily the otter got up and hooked it out. No longer gloomy, Lars gave "
-    "her apples and butter.\n"
+    "On a rainy Sunday, Ruby the dog packed toast and eggs. Soon Ruby met Mia the beaver, who was "
+    "lonely because she had missed lunch. So Ruby shared the toast and eggs. She was lonely no more and"
+    " gave Ruby a big pink ball.\n"
 )
 
 
@@ -329,7 +329,12 @@ def test_reset_and_state() -> None:
     other = Stories(2, 50, seed=4)
     other.restore(state)
     assert other.next()[0].tolist() == following
-    for wrong in (Stories(3, 50, seed=4), Stories(2, 51, seed=4), Stories(2, 50), Stories(2, 50, seed=4, split="val")):
+    for wrong in (
+        Stories(3, 50, seed=4),
+        Stories(2, 51, seed=4),
+        Stories(2, 50),
+        Stories(2, 50, seed=4, split="val"),
+    ):
         with pytest.raises(ConfigError, match="data state"):
             wrong.restore(state)
     with pytest.raises(ConfigError, match="data state: batch"):
@@ -348,7 +353,7 @@ def test_windows_without_tokens_are_refused(arguments: tuple[int, int], message:
 
 
 def test_generating_is_fast() -> None:
-    """3 million tokens of a run must not take more than a few seconds of it (10 times the usual time here)."""
+    """The 3 million tokens of a run must be a small part of it; the limits are ten times the usual."""
     reader = Stories(16, 256)
     began = time.process_time()
     for _ in range(25):
@@ -408,8 +413,7 @@ def test_what_was_said_once_comes_back() -> None:
         plots[plot[1]] += 1
         if plot[1] == "took":
             thing, trouble = re.findall(r"\w+ \w+ (\w+) to the \w+\. But (?:it|the \w+) ([\w ]+),", text)[0]
-            cure = re.search(r" (?:came over|ran up|stopped|saw it|got up|hurried over|looked up|turned round) and "
-                             r"([\w ]+)\. ", text)  # fmt: skip
+            cure = re.search(f" (?:{'|'.join(stories._ARRIVALS)}) and ([a-z ]+)\\. ", text)
             assert cure is not None
             assert cure[1] in stories._TROUBLES[thing][trouble], text
         if plot[1] == "packed":

@@ -99,7 +99,9 @@ def no_network(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     monkeypatch.setattr(tiktoken, "get_encoding", get_encoding)
 
 
-@pytest.mark.parametrize("error", [ConnectionError("no route\nto host"), ValueError("Hash mismatch"), TimeoutError()])
+@pytest.mark.parametrize(
+    "error", [ConnectionError("no route\nto host"), ValueError("Hash mismatch"), TimeoutError()]
+)
 def test_gpt2_without_network_is_one_clear_line(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     no_network(monkeypatch, error)
     with pytest.raises(DownloadError, match="TIKTOKEN_CACHE_DIR") as caught:
@@ -111,15 +113,19 @@ def test_gpt2_without_network_is_one_clear_line(monkeypatch: pytest.MonkeyPatch,
 def test_gpt2_in_an_empty_cache_with_no_network(tmp_path: Path) -> None:
     """The real thing: requests through a proxy that nobody listens at."""
     environment = {
-        **os.environ, "TIKTOKEN_CACHE_DIR": str(tmp_path / "empty"),
-        "https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9", "no_proxy": "", "NO_PROXY": "",
-    }  # fmt: skip
+        **os.environ,
+        "TIKTOKEN_CACHE_DIR": str(tmp_path / "empty"),
+        **dict.fromkeys(("https_proxy", "HTTPS_PROXY"), "http://127.0.0.1:9"),
+        **dict.fromkeys(("no_proxy", "NO_PROXY"), ""),
+    }
     code = (
         "from llmc import tokenizer, errors\n"
         "try:\n    tokenizer.load('gpt2')\n"
         "except errors.DownloadError as error:\n    print(error)\n"
     )
-    out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    out = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60
+    )
     assert "TIKTOKEN_CACHE_DIR" in out.stdout, out.stderr
 
 
