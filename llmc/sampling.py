@@ -40,9 +40,9 @@ def stream(
     follows `stop`, if given, which is itself not yielded.  An empty prompt means the end-of-text token,
     after which a text begins.
 
-    The model looks back over `max_seq_len` tokens.  When they are used up, the later half of them is read
-    in again as a fresh window and writing goes on from there; of a longer prompt only the last
-    `max_seq_len` tokens are seen.
+    The model looks back over `max_seq_len` tokens.  When they are used up, a fresh window is read in, from
+    the last end-of-text token on if there is one among them, else their later half, and writing goes on from
+    there.  Of a longer prompt only the last `max_seq_len` tokens are seen.
 
     ConfigError for a token outside the vocabulary or an option out of range, at the call and not at the
     first token; DivergenceError if the model's logits are not finite.
@@ -70,10 +70,11 @@ def _stream(
 ) -> Iterator[int]:
     window = model.config.max_seq_len
     cache = model.new_cache(1)
+    eot = end_of_text(model)
     new, position = history[-window:], 0
     for _ in range(count):
         if position + len(new) > window:
-            new, position = history[-max(1, window // 2) :], 0
+            new, position = _fresh_window(history[-window:], eot), 0
         logits = _decode(model, cache, new, position)
         position += len(new)
         token = choose(logits, temperature, top_k, random)
@@ -82,6 +83,14 @@ def _stream(
         yield token
         history.append(token)
         new = [token]
+
+
+def _fresh_window(recent: list[int], eot: int) -> list[int]:
+    """What to read in when the window is full: a text from its beginning is better than from its middle."""
+    for place in range(len(recent) - 1, 0, -1):
+        if recent[place] == eot:
+            return recent[place:]
+    return recent[-max(1, len(recent) // 2) :]
 
 
 def _decode(model: GPT2, cache: Arena, tokens: list[int], position: int) -> Array:
