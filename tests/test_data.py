@@ -234,6 +234,12 @@ def test_shuffling_permutes_each_epoch_differently(three: str) -> None:
     assert len([1 for a, b in itertools.pairwise(first) if a // 1000 != b // 1000]) == 2
 
 
+def test_batches_within_a_shard_are_shuffled(tmp_path: Path) -> None:
+    order = firsts(Shards(shard(tmp_path / "a.bin", 4001), 2, 2, shuffle_seed=1), 1000)
+    assert sorted(order) == list(range(0, 4000, 4))
+    assert abs(np.corrcoef(order, range(1000))[0, 1]) < 0.2
+
+
 def test_the_seed_decides_the_order(three: str) -> None:
     orders = [tuple(firsts(Shards(three, 2, 2, shuffle_seed=seed), 18)) for seed in (1, 1, 2, -1, 2**70)]
     assert orders[0] == orders[1]

@@ -429,6 +429,12 @@ def test_text_that_is_not_utf8(
     assert names(tmp_path / "out") == []
 
 
+def test_text_that_ends_within_a_character(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"abc \xc3")
+    with pytest.raises(FileFormatError, match="byte 4: is not UTF-8"):
+        datasets.prepare_text(tmp_path / "a.txt", tmp_path / "out", tokenizer="bytes", val_fraction=0)
+
+
 def test_texts_and_options_that_cannot_work(tmp_path: Path) -> None:
     out = tmp_path / "out"
     for text, fraction in ((b"", 0.1), (b"", 0), (b"one line\n", 0.1), (b"ab\n", 0.9)):

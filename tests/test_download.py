@@ -233,6 +233,16 @@ def test_a_bad_beginning_of_an_earlier_run_is_replaced(server: Server, tmp_path:
     assert names(tmp_path) == ["f"]
 
 
+def test_wrong_content_behind_a_bad_beginning_is_asked_for_once_more_only(
+    server: Server, tmp_path: Path
+) -> None:
+    (tmp_path / "f.part").write_bytes(b"rubbish")
+    with pytest.raises(DownloadError, match="SHA-256"):
+        fetch(pinned(server, sha256="0" * 64), tmp_path / "f")
+    assert server.asked == ["bytes=7-", None]
+    assert names(tmp_path) == []
+
+
 def test_a_complete_beginning_needs_no_request(server: Server, tmp_path: Path) -> None:
     (tmp_path / "f.part").write_bytes(CONTENT)
     assert fetch(pinned(server), tmp_path / "f").read_bytes() == CONTENT

@@ -74,7 +74,7 @@ def test_right_is_right(tmp_path: Path, dtype: str, perturbed: bool, version: in
     assert report.notes == []
     assert written.losses[-1] < written.losses[0]
     limits = {entry.limit for entry in report.checks if entry.name.startswith("loss")}
-    assert limits == {5e-5 if perturbed else 2e-6}
+    assert limits == {5e-5 if perturbed else 1e-5}
 
 
 def test_kernels(cpu: ModuleType, made: Written, telling: Written, tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_wrong_loss(made: Written, tmp_path: Path) -> None:
     raw = bytearray(written.debug_state.read_bytes())
     loss = np.frombuffer(raw, "<f4", 1, 1024 + (2 * 2 * 16 + 2 * 16 * 257) * 4)
     assert loss[0] == np.float32(made.losses[0])
-    loss[0] *= np.float32(1.00001)
+    loss[0] *= np.float32(1.00002)
     written.debug_state.write_bytes(raw)
     assert failing(check(written)) == ["loss"]
 
@@ -191,7 +191,7 @@ def test_wrong_loss(made: Written, tmp_path: Path) -> None:
 def test_every_step_counts(made: Written, tmp_path: Path, step: int) -> None:
     written = copied(made, tmp_path)
     values = json.loads(written.recipe.read_text())
-    values["losses"][step] *= 1.00001
+    values["losses"][step] *= 1.00002
     written.recipe.write_text(json.dumps(values))
     assert failing(check(written)) == [f"loss {step}"]
 
