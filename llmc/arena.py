@@ -7,6 +7,7 @@ slice of every stacked tensor.  Views are made once, so the training loop alloca
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -42,7 +43,7 @@ class Row(NamedTuple):
     @property
     def size(self) -> int:
         """Number of elements, all layers together."""
-        return int(np.prod(self.full_shape, dtype=np.int64))
+        return math.prod(self.full_shape)
 
     @property
     def nbytes(self) -> int:

@@ -223,7 +223,7 @@ class Transfer:
 
 # ---- llmc info -------------------------------------------------------------------------------------
 
-# What each optional package is for; llmc runs without them.
+# What each package beyond NumPy is for; only tiktoken comes with llmc.
 OPTIONAL = {
     "huggingface_hub": "models from the hub by name",
     "torch": "llmc reference, tests",

@@ -184,8 +184,11 @@ class GPT2:
         """GPT-2's random initialisation: N(0, 0.02) for matrices, the two projections into the residual
         stream scaled by 1/sqrt(2L), biases 0, norm weights 1, padded rows of wte 0.
 
-        Drawn in fixed chunks from a counter-based generator, so `seed` alone decides the values.
+        Drawn in fixed chunks from a counter-based generator, so `seed` alone decides the values.  ConfigError
+        for a negative seed or one of more than 64 bits.
         """
+        if not 0 <= seed < 1 << 64:
+            raise ConfigError("seed", f"must be from 0 to 2^64 - 1, got {seed}")
         L, V = self.config.num_layers, self.config.vocab_size
         jobs: list[tuple[Array, int, int, float]] = []
         for index, (row, tensor) in enumerate(self.params):

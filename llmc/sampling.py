@@ -49,8 +49,10 @@ def stream(
     """
     V = model.config.vocab_size
     for name, value in (("max_new_tokens", max_new_tokens), ("temperature", temperature), ("top_k", top_k)):
-        if not (math.isfinite(value) and value >= 0):
+        if not 0 <= value < math.inf:
             raise ConfigError(name, f"must be a number from 0 up, got {value}")
+    if seed < 0:
+        raise ConfigError("seed", f"must be at least 0, got {seed}")
     prompt = [int(token) for token in token_ids] or [end_of_text(model)]
     for place, token in enumerate(prompt):
         if not 0 <= token < V:

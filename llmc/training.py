@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -96,7 +97,7 @@ class TrainConfig:
 
     def _at_least(self, name: str, low: int) -> None:
         value = getattr(self, name)
-        if not (math.isfinite(value) and value >= low):
+        if not low <= value < math.inf:
             raise ConfigError(name, f"must be at least {low}, got {value}")
 
     @staticmethod
@@ -386,13 +387,22 @@ class _Output:
 
     def __exit__(self, *error: object) -> None:
         if self.metrics is not None:
-            self.metrics.close()
+            # Every line was flushed; one that could not be was reported, and would fail here once more.
+            with contextlib.suppress(OSError):
+                self.metrics.close()
 
     def log(self, row: dict[str, Any]) -> None:
         """One line of metrics.jsonl, on its way to the disk before the next step begins."""
-        if self.metrics is not None:
-            self.metrics.write(json.dumps(row, allow_nan=False) + "\n")
-            self.metrics.flush()
+        if self.metrics is None:
+            return
+        try:
+            try:
+                self.metrics.write(json.dumps(row, allow_nan=False) + "\n")
+                self.metrics.flush()
+            except OSError as error:
+                raise ConfigError("out", f"{self.metrics.name} cannot be written: {error.strerror}") from error
+        except OSError as error:
+            raise ConfigError("out", f"cannot write {self.metrics.name}: {error.strerror}") from error
 
     def save(self, model: GPT2) -> None:
         loading.save(model, self.config.out, getattr(model.tokenizer, "name", ""))

@@ -383,6 +383,14 @@ def test_out_that_cannot_be_made(shards: dict[str, Any]) -> None:
         run(shards, out="/proc/llmc")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk(shards: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(ConfigError, match=r"^out: cannot write .*metrics.jsonl: No space left"):
+        run(shards, out=str(tmp_path))
+    assert not (tmp_path / "model.safetensors").exists()
+
+
 def test_a_failed_start_leaves_no_folder(tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
         run({"train_data": str(tmp_path / "none.bin")}, out=str(tmp_path / "out"))

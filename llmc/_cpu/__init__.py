@@ -27,8 +27,9 @@ __all__ = [
 def configure(isa: str | None = None, threads: int | None = None) -> None:
     """Choose the kernel table and the thread count (None: the defaults of `ops.load`), for every model in this
     process.  ConfigError for a name or a number that cannot be had."""
-    activate(resolve_isa(isa), resolve_threads(threads))
-    resize_scratch()
+    name, count = resolve_isa(isa), resolve_threads(threads)
+    resize_scratch(name, count)
+    activate(name, count)
 
 
 configure(isas()[-1], 1)

@@ -17,12 +17,7 @@ from libc.math cimport INFINITY, log, sqrt
 from libc.string cimport memcpy, memset
 
 from llmc._cpu cimport check, isa
-from llmc._cpu.workspace cimport SCORES, thread_scratch
-
-cdef enum:
-    QUERIES = 128
-    KEYS = 64
-
+from llmc._cpu.workspace cimport KEYS, QUERIES, SCORES, thread_scratch
 
 cdef void _forward_head(float *out, float *lse, const float *qkv, Py_ssize_t T, Py_ssize_t C,
                         Py_ssize_t size) noexcept nogil:
@@ -88,7 +83,7 @@ cdef void _backward_head(float *dqkv, const float *dout, const float *qkv, const
             isa.kernels.gemm(dp, KEYS, dout + first * C, C, 1, v + k0 * ld, 1, ld, rows, width, size, False, NULL,
                              scratch)
             for r in range(first, end):
-                delta = <float> isa.kernels.dot_span(dout + r * C, out + r * C, size)
+                delta = isa.kernels.dot_span(dout + r * C, out + r * C, size)
                 isa.kernels.softmax_backward_block(s + (r - first) * KEYS, dp + (r - first) * KEYS,
                                                    min(width, r + 1 - k0), width, scale, lse[r], delta)
             isa.kernels.gemm(dv + k0 * ld, ld, s, 1, KEYS, dout + first * C, C, 1, width, size, rows, add, NULL, scratch)

@@ -30,10 +30,11 @@ cdef extern from "simd/kernels.h" nogil:
         void (*scale_span)(float *x, float factor, Py_ssize_t n) noexcept nogil
         void (*axpy_span)(float *y, float factor, const float *x, Py_ssize_t n) noexcept nogil
         double (*sumsq_span)(const float *x, Py_ssize_t n) noexcept nogil
-        double (*dot_span)(const float *a, const float *b, Py_ssize_t n) noexcept nogil
+        float (*dot_span)(const float *a, const float *b, Py_ssize_t n) noexcept nogil
         void (*adamw_span)(float *w, float *m, float *v, const float *dw, Py_ssize_t n,
                            const AdamW *update) noexcept nogil
         void (*column_sum)(float *sum, const float *x, Py_ssize_t ldx, Py_ssize_t rows, Py_ssize_t n) noexcept nogil
 
 cdef const Kernels *kernels
 cdef int threads
+cdef Py_ssize_t gemm_scratch(str name) except -1

@@ -19,8 +19,12 @@ cdef extern from *:
     #include <omp.h>
     /* The version of the OpenMP specification, as its date. */
     static int llmc_openmp(void) { return _OPENMP; }
-    /* Ends the pool of worker threads; the next parallel region starts a new one. */
+    /* Ends the pool of worker threads; the next parallel region starts a new one.  Older runtimes cannot. */
+    #if defined(__clang__) || __GNUC__ >= 9
     static void llmc_pause_threads(void) { omp_pause_resource_all(omp_pause_hard); }
+    #else
+    static void llmc_pause_threads(void) {}
+    #endif
     #else
     static int llmc_openmp(void) { return 0; }
     static void llmc_pause_threads(void) {}
@@ -78,14 +82,24 @@ def resolve_threads(count=None):
     return count if llmc_openmp() else 1
 
 
+cdef const Kernels *_find(str name) except NULL:
+    cdef int count = 0
+    cdef const IsaEntry *table = dispatch_table(&count)
+    for i in range(count):
+        if table[i].kernels.name.decode() == name:
+            return table[i].kernels
+    raise ConfigError("isa", f"{name!r} was not built")
+
+
+cdef Py_ssize_t gemm_scratch(str name) except -1:
+    """Floats of scratch that the GEMM of table `name` needs per thread."""
+    return _find(name).gemm_scratch
+
+
 def activate(name, count):
     """Use the table `name`, one of `isas()`, on `count` threads from now on."""
     global kernels, threads
-    cdef int tables = 0
-    cdef const IsaEntry *table = dispatch_table(&tables)
-    for i in range(tables):
-        if table[i].kernels.name.decode() == name:
-            kernels = table[i].kernels
+    kernels = _find(name)
     threads = count
 
 

@@ -1,5 +1,7 @@
 cdef enum:
-    SCORES = 128 * 64   # floats of one attention block: 128 queries by 64 keys
+    QUERIES = 128  # rows and columns of one block of attention scores
+    KEYS = 64
+    SCORES = QUERIES * KEYS
 
 cdef float *thread_scratch(int thread) noexcept nogil
 cdef float *shared(Py_ssize_t nbytes) except NULL

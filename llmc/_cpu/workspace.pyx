@@ -42,13 +42,13 @@ def empty(shape, dtype):
     return np.ndarray(shape, dtype, buffer=memory)
 
 
-def resize_scratch():
-    """Give every thread of the active configuration its scratch."""
+def resize_scratch(name, threads):
+    """Give every thread scratch for the kernel table `name`; before that table and number become active."""
     global _scratch_owner, _scratch, _stride
     cdef unsigned char[::1] view
-    floats = isa.kernels.gemm_scratch + 2 * SCORES
+    floats = isa.gemm_scratch(name) + 2 * SCORES
     _stride = -(-floats * 4 // 4096) * 4096  # pages of their own: no two threads share a line
-    _scratch_owner = empty((_stride * isa.threads,), np.uint8)
+    _scratch_owner = empty((_stride * threads,), np.uint8)
     view = _scratch_owner
     _scratch = <char *> &view[0]
 

@@ -38,7 +38,7 @@ typedef struct Kernels {
     void (*scale_span)(float *x, float factor, ptrdiff_t n);
     void (*axpy_span)(float *y, float factor, const float *x, ptrdiff_t n);
     double (*sumsq_span)(const float *x, ptrdiff_t n);
-    double (*dot_span)(const float *a, const float *b, ptrdiff_t n);
+    float (*dot_span)(const float *a, const float *b, ptrdiff_t n);
     void (*adamw_span)(float *w, float *m, float *v, const float *dw, ptrdiff_t n, const AdamW *update);
     void (*column_sum)(float *sum, const float *x, ptrdiff_t ldx, ptrdiff_t rows, ptrdiff_t n);
 } Kernels;

@@ -60,7 +60,7 @@ static double sumsq_span(const float *x, ptrdiff_t n) {
     return sum;
 }
 
-static double dot_span(const float *a, const float *b, ptrdiff_t n) {
+static float dot_span(const float *a, const float *b, ptrdiff_t n) {
     vec acc = v_set(0.0f);
     for (ptrdiff_t i = 0; i < n; i += VL) acc = v_fma(load_upto(a + i, n - i), load_upto(b + i, n - i), acc);
     return v_sum(acc);
