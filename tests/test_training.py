@@ -101,6 +101,13 @@ def test_the_first_llmc_program(shards: dict[str, Any]) -> None:
     assert all(len(event.tokens) == 64 for event in events if isinstance(event, Sample))
 
 
+def test_the_embedded_run_ends_with_a_loss_and_a_sample() -> None:
+    """Of the model that is saved: its number of updates is a multiple of both intervals."""
+    config = TrainConfig.recipe("stories")
+    assert config.steps % config.val_every == config.steps % config.sample_every == 0
+    assert (config.init, config.train_data, config.out) == ("stories", "", "runs/stories")
+
+
 def test_no_interval(shards: dict[str, Any]) -> None:
     assert {type(event) for event in run(shards, val_every=0, sample_every=0)} == {Started, Step}
 
@@ -492,7 +499,6 @@ def test_threads_do_not_matter(ops: ModuleType) -> None:
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc/self/statm")
 def test_memory_stays_flat(cpu: ModuleType) -> None:
     """Resident memory after 200 steps with validation is what it was after the first few."""
-    import os
     import resource
 
     page = resource.getpagesize()
@@ -505,7 +511,6 @@ def test_memory_stays_flat(cpu: ModuleType) -> None:
             with open("/proc/self/statm") as file:
                 seen.append(int(file.read().split()[1]) * page)
     assert model.acts is not None and len(seen) == 200
-    assert os.getpid() > 0
     # Less than a fifth of one step's activations: a leak of any array per step would be far above it.
     assert max(seen[20:]) - seen[20] < min(1 << 20, model.acts.nbytes // 5)
 
