@@ -396,11 +396,8 @@ class _Output:
         if self.metrics is None:
             return
         try:
-            try:
-                self.metrics.write(json.dumps(row, allow_nan=False) + "\n")
-                self.metrics.flush()
-            except OSError as error:
-                raise ConfigError("out", f"{self.metrics.name} cannot be written: {error.strerror}") from error
+            self.metrics.write(json.dumps(row, allow_nan=False) + "\n")
+            self.metrics.flush()
         except OSError as error:
             raise ConfigError("out", f"cannot write {self.metrics.name}: {error.strerror}") from error
 
