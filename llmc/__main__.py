@@ -87,7 +87,7 @@ TRAIN_OPTIONS = (
 
 TRAIN_HELP = """\
 Train a GPT-2.  With no options at all it trains a small one on stories that the package writes itself,
-in about two minutes, and leaves it in runs/stories.
+in two to four minutes on two cores, and leaves it in runs/stories.
 
 Options come from the command line, else from --config, else from the defaults in brackets.  The embedded
 stories (no --config, no --train-data, and the model `stories`) start from the recipe of that name instead.

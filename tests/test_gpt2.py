@@ -111,9 +111,9 @@ def test_ragged_batches(ops: ModuleType, shape: tuple[int, int]) -> None:
     for each in (model, judge):
         each.forward(x, y)
         each.backward(x)
-    np.testing.assert_allclose(model.losses, judge.losses, rtol=0, atol=2e-5 * np.abs(judge.losses).max())
+    np.testing.assert_allclose(model.losses, judge.losses, rtol=0, atol=5e-6 * np.abs(judge.losses).max())
     for name, gradient in gradients(model).items():
-        assert norm_ratio(gradient, gradients(judge)[name]) < 2e-5, name
+        assert norm_ratio(gradient, gradients(judge)[name]) < 5e-6, name
 
 
 def test_accumulation_is_the_larger_batch(cpu: ModuleType) -> None:
@@ -176,7 +176,7 @@ def test_decode_is_forward(ops: ModuleType) -> None:
     x, _ = batch(shape=(2, 40))
     whole = model.logits(x).copy()
     cache = model.new_cache(2)
-    limit = 2e-5 * np.abs(whole).max()
+    limit = 5e-6 * np.abs(whole).max()
     position = 0
     for step in (17, 1, 1, 1, 1, 7, 1, 11):
         logits = model.decode(cache, x[:, position : position + step].copy(), position)
