@@ -103,8 +103,8 @@ class Display:
         else:
             rows["val batches"] = "unlimited" if event.val_batches is None else f"{event.val_batches:,}"
         rows["updates"] = f"{event.steps:,}, {config.schedule} learning rate {config.lr:g}"
-        if event.backend:
-            rows["device"] = f"{config.device}, {event.backend['isa']}, threads: {event.backend['threads']}"
+        backend = event.backend
+        rows["device"] = f"{config.device}, {backend['isa']}, {backend['dtype']}, threads: {backend['threads']}"
         for name, value in rows.items():
             self.line(f"{name:<16} {value}")
         self.line()
