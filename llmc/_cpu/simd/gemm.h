@@ -240,9 +240,13 @@ ALWAYS_INLINE void gemm_any(const Mode mode, float *c, ptrdiff_t ldc, const floa
     Tile *tile = rows ? tile_rows : tile_columns;
 #endif
     ptrdiff_t mc = part(M, rows && mode == FP32 ? MC_IN_PLACE : MC, MR), kc = part(K, KC * per_word, 2 * VL);
+    /* Panels as equal as whole vectors allow: 64 columns are twice 32, not 48 and a slow 16. */
+    const ptrdiff_t vectors = (N + VL - 1) / VL, panels = (N + NR - 1) / NR;
+    const ptrdiff_t width = panels ? (vectors + panels - 1) / panels * VL : NR;
+    const ptrdiff_t nc_most = NC / NR * width;
     float *packed_a = scratch, *packed_b = scratch + MC * KC;
-    for (ptrdiff_t jc = 0; jc < N; jc += NC) {
-        ptrdiff_t nc = least(NC, N - jc), pc = 0;
+    for (ptrdiff_t jc = 0; jc < N; jc += nc_most) {
+        ptrdiff_t nc = least(nc_most, N - jc), pc = 0;
         do { /* once even where K is 0: C is then the bias, or zero */
             ptrdiff_t depth = least(kc, K - pc), kw = (depth + per_word - 1) / per_word;
             int add_block = add || pc > 0;
@@ -255,9 +259,9 @@ ALWAYS_INLINE void gemm_any(const Mode mode, float *c, ptrdiff_t ldc, const floa
                     pack_rows(mode, packed_a, kw, block, a_rs, depth, m);
                 else
                     lies = block, a_i = a_rs;
-                for (ptrdiff_t j = 0; j < nc; j += NR) {
-                    ptrdiff_t n = least(NR, nc - j), nv = (n + VL - 1) / VL, tail = n - (nv - 1) * VL;
-                    float *panel = M > mc ? packed_b + j * kw : packed_b; /* one block of A: used once */
+                for (ptrdiff_t j = 0; j < nc; j += width) {
+                    ptrdiff_t n = least(width, nc - j), nv = (n + VL - 1) / VL, tail = n - (nv - 1) * VL;
+                    float *panel = M > mc ? packed_b + j / width * NR * kw : packed_b; /* one block of A: used once */
                     const float *bj = b + pc * b_rs + (jc + j) * b_cs;
                     Ahead next = {0};
                     if (ic == 0) {
@@ -265,10 +269,10 @@ ALWAYS_INLINE void gemm_any(const Mode mode, float *c, ptrdiff_t ldc, const floa
                             pack_across(mode, NR, panel, 0, bj, b_rs, depth, n);
                         else
                             pack_along(mode, panel, bj, b_cs, depth, n);
-                        if (j + NR < nc) {
-                            ptrdiff_t more = least(NR, nc - j - NR);
-                            next = b_cs == 1 ? (Ahead){(const char *)(bj + NR), b_rs * 4, more * 4, 0, depth}
-                                             : (Ahead){(const char *)(bj + NR * b_cs), b_cs * 4, depth * 4, 0, more};
+                        if (j + width < nc) {
+                            ptrdiff_t more = least(width, nc - j - width);
+                            next = b_cs == 1 ? (Ahead){(const char *)(bj + width), b_rs * 4, more * 4, 0, depth}
+                                             : (Ahead){(const char *)(bj + width * b_cs), b_cs * 4, depth * 4, 0, more};
                         }
                     }
                     int lines = (int)(next.rows * ((next.bytes + 63) / 64) * MR / m + 1);
