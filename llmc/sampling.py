@@ -9,9 +9,9 @@ from typing import Protocol
 
 import numpy as np
 
-from llmc.arena import Arena, Array
+from llmc.arena import Arena, Array, table_nbytes
 from llmc.errors import ConfigError, DivergenceError
-from llmc.gpt2 import GPT2
+from llmc.gpt2 import GPT2, Config, cache_rows, decode_rows
 
 
 class Decoder(Protocol):
@@ -59,6 +59,13 @@ def stream(
             raise ConfigError("token_ids", f"{token} at position {place} is outside the vocabulary of {V}")
     random = np.random.Generator(np.random.PCG64(seed))
     return _stream(model, prompt, max_new_tokens, temperature, top_k, random, stop)
+
+
+def nbytes(config: Config, max_new_tokens: int, dtype: str = "float32") -> tuple[int, int]:
+    """Bytes of the cache and of the most scratch that `stream` needs for so many tokens after a prompt of one."""
+    window = config.max_seq_len
+    longest = 1 if max_new_tokens <= window else max(1, window - 1)  # a fresh window leaves room for a token
+    return table_nbytes(cache_rows(config, 1, dtype)), table_nbytes(decode_rows(config, 1, longest, dtype))
 
 
 def end_of_text(model: GPT2) -> int:
