@@ -2,7 +2,8 @@
 
 A table of `Row`s says what lies in an arena; `Arena(table, empty)` makes a single allocation for all of
 it.  `arena.wte` (or `arena["wte"]`) is a view of one tensor, `arena.layer(l)` a namespace with layer l's
-slice of every stacked tensor, and the single ones, which all layers share.  Views are made once, so the training loop allocates nothing.
+slice of every stacked tensor, and the single ones, which all layers share.  Views are made once, so the
+training loop allocates nothing.
 """
 
 from __future__ import annotations

@@ -48,6 +48,8 @@ def resize_scratch(name, threads):
     cdef unsigned char[::1] view
     floats = isa.gemm_scratch(name) + 2 * SCORES
     _stride = -(-floats * 4 // 4096) * 4096  # pages of their own: no two threads share a line
+    if _scratch_owner is not None and _scratch_owner.nbytes == _stride * threads:
+        return
     _scratch_owner = empty((_stride * threads,), np.uint8)
     view = _scratch_owner
     _scratch = <char *> &view[0]
