@@ -84,9 +84,9 @@ def _stream(
     for _ in range(count):
         if position + len(new) > window:
             new, position = _fresh_window(history[-window:], eot), 0
-        logits = _decode(model, cache, new, position)
+        # No name for the logits: they would keep the scratch alive when the next call makes another.
+        token = choose(_decode(model, cache, new, position), temperature, top_k, random)
         position += len(new)
-        token = choose(logits, temperature, top_k, random)
         if token == stop:
             return
         yield token

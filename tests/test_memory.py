@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -120,6 +121,26 @@ def test_a_sample_that_needs_a_fresh_window_stays_within_what_was_told(cpu: Modu
     assert len(sampling._fresh_window([1, 0, *[1] * 14], eot=0)) == 15
 
 
+def test_one_scratch_at_a_time(cpu: ModuleType) -> None:
+    """A fresh window needs another scratch; the old one is gone when it is made."""
+    live: set[int] = set()
+    most, made = [0], [0]
+
+    def empty(shape: tuple[int, ...], dtype: str) -> Any:
+        array = cpu.empty(shape, dtype)
+        made[0] += 1
+        live.add(made[0])
+        weakref.finalize(array, live.discard, made[0])
+        most[0] = max(most[0], len(live))
+        return array
+
+    ops: Any = SimpleNamespace(**{**vars(cpu), "empty": empty})
+    model = GPT2(Config(max_seq_len=16, vocab_size=31, num_layers=1, num_heads=1, channels=8), ops)
+    model.initialise(1)
+    sampling.generate(model, [], 60)
+    assert made[0] > 4 and most[0] == 3, "parameters, cache, scratch"
+
+
 def test_batches_and_their_order(tmp_path: Path) -> None:
     path = tmp_path / "x.bin"
     write_shard(path, [3] * 1000, vocab_size=10)
@@ -183,7 +204,9 @@ def sources(tmp_path: Path, cpu: ModuleType) -> Iterator[dict[str, str]]:
 
 
 @pytest.mark.parametrize("kind", ["bin", "folder", "hub"])
-def test_a_header_is_enough(sources: dict[str, str], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_header_is_enough(
+    sources: dict[str, str], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fetch(name: str, *, weights: bool) -> Path:
         assert (name, weights) == ("someone/model", False)
         return Path(sources["folder"])
