@@ -62,7 +62,6 @@ class TrainConfig:
     overfit: bool = False  # the first batch again and again
     shuffle: bool = False  # the training data's windows in an order drawn from the seed
     recompute: str = "none"  # what the backward pass makes again, to save memory: a key of gpt2.RECOMPUTE
-    dtype: str = "fp32"
     dtype: str = "fp32"  # of the operands of matrix products; sums, weights and moments are fp32 always
     device: str = "cpu"
     threads: int = 0  # 0: OMP_NUM_THREADS, else the physical cores
