@@ -229,6 +229,7 @@ def test_presets() -> None:
             gpt2.preset(name)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("mode", ["gelu", "gelu+norm", "block"])
 def test_recompute_gives_the_same_bits(ops: ModuleType, mode: str) -> None:
     """Losses, gradients and, after three accumulated updates, weights: those of "none", from fewer bytes."""
