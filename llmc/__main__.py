@@ -116,6 +116,9 @@ def parser() -> argparse.ArgumentParser:
 
     train = command("train", _train, "train a model", TRAIN_HELP)
     train.add_argument("--config", metavar="NAME|FILE", help="a recipe's name or a TOML file of these options")
+    train.add_argument(
+        "--profile", action="store_true", help="at the end, show where the time went, op by op, against measured peaks"
+    )
     for title, options in TRAIN_OPTIONS:
         _add_options(train.add_argument_group(title), options)
 
@@ -262,7 +265,7 @@ def _train(args: argparse.Namespace) -> int:
     with display.Display(config, sys.stdout) as shown, _Interrupt() as interrupt:
         if config.out and os.path.exists(os.path.join(config.out, "model.safetensors")):
             shown.line(f"{config.out} holds a model already, which this run's will replace when it ends\n")
-        for event in training.train(config, stop=interrupt.requested):
+        for event in training.train(config, stop=interrupt.requested, profile=args.profile):
             shown.show(event)
             if isinstance(event, training.Step):
                 interrupt.arm()
