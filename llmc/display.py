@@ -272,12 +272,12 @@ def print_info(stream: TextIO, device: str = "cpu", isa: str | None = None, thre
     import platform
     from importlib.metadata import PackageNotFoundError, version
 
-    from llmc import __version__, ops
+    from llmc import __version__, machine, ops
 
     rows = {
         "llmc": __version__,
         "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
-        "processor": processor(),
+        "processor": machine.processor(),
     }
     info = ops.load(device, isa=isa, threads=threads).info()  # type: ignore[attr-defined]
     rows["instruction set"] = f"{info['isa']} in use; {', '.join(info['isas'])} available"
@@ -291,18 +291,3 @@ def print_info(stream: TextIO, device: str = "cpu", isa: str | None = None, thre
         rows[name] = f"{found} ({OPTIONAL[name]})" if name in OPTIONAL else found
     for name, value in rows.items():
         print(f"{name:<16} {value}", file=stream)
-
-
-def processor() -> str:
-    """The processor's name, as the system tells it."""
-    import platform
-
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            for line in file:
-                name, _, value = line.partition(":")
-                if name.strip() in ("model name", "Model", "cpu model"):
-                    return value.strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine() or "unknown"
