@@ -238,17 +238,17 @@ def _stored(x: Array, dtype: str) -> Array:
 
 
 def _visit(call: Callable[[], Any], warmup: int, least: float) -> tuple[float, float]:
-    """Seconds per call over at least `least` seconds, after `warmup` calls; and seconds in all."""
-    began = time.perf_counter()
+    """Seconds of a median call over at least `least` seconds, after `warmup` calls; and seconds in all."""
+    clock = time.perf_counter
+    began = clock()
     for _ in range(warmup):
         call()
-    count, start = 0, time.perf_counter()
-    while True:
-        call()
-        count += 1
-        now = time.perf_counter()
-        if now - start >= least:
-            return (now - start) / count, now - began
+    times: list[float] = []
+    start = now = clock()
+    while not times or now - start < least:
+        before, _, now = clock(), call(), clock()
+        times.append(now - before)
+    return statistics.median(times), now - began
 
 
 def kernels(settings: Settings, progress: Progress = _silent) -> list[KernelRow]:
