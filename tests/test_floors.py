@@ -220,7 +220,7 @@ def test_import_is_free() -> None:
     assert loaded(f"import llmc; llmc.__version__; dir(llmc)\n{LOADED}") == []
 
 
-@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["sample", "--help"], ["data", "--help"]])
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["sample", "--help"], ["bench", "--help"]])
 def test_help_is_free(words: list[str]) -> None:
     program = (
         "import atexit, runpy, sys\n"
