@@ -7,7 +7,6 @@ peak is the median of the turns' ratios.
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import multiprocessing
 import statistics
@@ -26,7 +25,7 @@ from llmc.arena import Array
 from llmc.costs import Cost
 from llmc.errors import ConfigError, LlmcError
 from llmc.gpt2 import LAYERNORM_EPS, Config, preset
-from llmc.profiling import ceiling, measure
+from llmc.profiling import REGISTERS, ceiling, measure
 
 DTYPES = ("fp32", "bf16")
 TURN_SECONDS = 0.02  # that an op is called again and again in one turn, at least
@@ -86,23 +85,12 @@ class Settings:
         if not self.dtypes:
             raise ConfigError("dtype", "is empty")
         for dtype in self.dtypes:
-            _check_dtype(dtype)
-
-
-def _check_dtype(dtype: str) -> None:
-    known = DTYPES if "dtype" in inspect.signature(ops.load).parameters else DTYPES[:1]
-    if dtype not in known:
-        raise ConfigError("dtype", f"{dtype!r} is not available in this version; choose {', '.join(known)}")
-
-
-def _options(isa: str | None, threads: int | None, dtype: str) -> dict[str, Any]:
-    """Of `ops.load` and `loading.load`."""
-    given: dict[str, Any] = {"isa": isa, "threads": threads}
-    return given if dtype == "fp32" else {**given, "dtype": dtype}
+            if dtype not in DTYPES:
+                raise ConfigError("dtype", f"{dtype!r} is unknown; choose from {', '.join(DTYPES)}")
 
 
 def _backend(isa: str | None, threads: int | None, dtype: str) -> Any:
-    return ops.load("cpu", **_options(isa, threads, dtype))
+    return ops.load("cpu", isa=isa, threads=threads, dtype=dtype)
 
 
 @contextmanager
@@ -115,7 +103,7 @@ def _checked(settings: Settings) -> Iterator[Any]:
             _backend(isa, settings.threads, "fp32")
         yield backend
     finally:
-        _backend(before["isa"], before["threads"], "fp32")
+        _backend(before["isa"], before["threads"], before["dtype"])
 
 
 # ---- kernels ---------------------------------------------------------------------------------------
@@ -150,7 +138,7 @@ class Case:
 
 def cases(backend: Any, config: Config, B: int, T: int, dtype: str) -> Iterator[Case]:
     """Each in turn, so that only one's arrays exist at a time: every op of the contract at the shapes of a training
-    step (decoding ops at theirs), and a linear layer's three products one by one.  In bf16, the products alone."""
+    step (decoding ops at theirs), and a linear layer's three products one by one."""
     random = np.random.default_rng(0)
     C, H, V, Vp, maxT = (
         config.channels, config.num_heads, config.vocab_size, config.padded_vocab_size, config.max_seq_len
@@ -161,18 +149,16 @@ def cases(backend: Any, config: Config, B: int, T: int, dtype: str) -> Iterator[
         return (scale * random.standard_normal(shape, dtype=np.float32)).astype(np.float32)
 
     for name, (K, N) in layers.items():
-        x, w, y = (_stored(new(*shape), dtype) for shape in ((B * T, K), (N, K), (B * T, N)))
+        x, w, y = new(B * T, K), new(N, K), new(B * T, N)
         for use, out, a, b in (("forward", y, x, w), ("dx", x, y, w), ("dw", w, y, x)):
-            out = np.empty(out.shape, np.float32) if use == "dw" else np.empty_like(out)
+            out = np.empty_like(out)
             cost = Cost(
                 2.0 * B * T * K * N, float(a.nbytes + b.nbytes), float(out.nbytes), (2, 1, 0),
-                float(a.nbytes + b.nbytes + out.nbytes), bf16=dtype == "bf16",
+                float(a.nbytes + b.nbytes + out.nbytes),
             )  # fmt: skip
             # Bound now: a closure would see the loop's last arrays.
             call = _bound(backend.product, use, out, a, b)
             yield Case(f"product_{use}", f"{name} {K} -> {N}, {B}x{T}", dtype, cost, call)
-    if dtype != "fp32":
-        return
 
     def case(op: str, size: str, *args: Any) -> Case:
         cost = costs.cost(op, dict(zip(costs.PARAMETERS[op], args, strict=True)))
@@ -228,15 +214,6 @@ def _bound(function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
     return lambda: function(*args)
 
 
-def _stored(x: Array, dtype: str) -> Array:
-    """`x` as activations and weights are stored for products in `dtype`."""
-    if dtype == "fp32":
-        return x
-    import ml_dtypes
-
-    return x.astype(ml_dtypes.bfloat16)
-
-
 def _visit(call: Callable[[], Any], warmup: int, least: float) -> tuple[float, float]:
     """Seconds of a median call over at least `least` seconds, after `warmup` calls; and seconds in all."""
     clock = time.perf_counter
@@ -262,7 +239,7 @@ def kernels(settings: Settings, progress: Progress = _silent) -> list[KernelRow]
             for B in settings.batch_sizes:
                 for T in settings.sequence_lengths:
                     for case in cases(backend, config, B, T, dtype):
-                        if settings.only in case.op:
+                        if settings.only in case.op and (case.cost.products or dtype == settings.dtypes[0]):
                             progress(f"{case.op} {case.shape} {dtype}")
                             rows += _take_turns(case, isas, settings)
     return rows
@@ -272,7 +249,7 @@ def _take_turns(case: Case, isas: Sequence[str], settings: Settings) -> list[Ker
     took: dict[str, list[float]] = {isa: [] for isa in isas}
     peaks: dict[str, list[float]] = {isa: [] for isa in isas}
     spent = dict.fromkeys(isas, 0.0)
-    what = ceiling(case.cost)
+    what = ceiling(case.cost, case.dtype)
     turn, beside = min(TURN_SECONDS, settings.seconds), min(PEAK_SECONDS, settings.seconds)
     for _ in range(settings.repeats):
         for isa in isas:
@@ -353,7 +330,7 @@ class Program:
 
     def __init__(self, configuration: Configuration) -> None:
         self.configuration = c = configuration
-        self.model = loading.load(c.init, seed=c.seed, **_options(c.isa, c.threads, c.dtype))
+        self.model = loading.load(c.init, isa=c.isa, threads=c.threads, dtype=c.dtype, seed=c.seed)
         self.model.prepare(c.B, c.T)
         assert self.model.grads is not None
         self.optimizer = AdamW(self.model.params.table, self.model.params, self.model.grads, self.model.ops, **RECIPE)
@@ -376,7 +353,7 @@ def _train(pipe: Connection, configuration: Configuration) -> None:
     try:
         program = Program(configuration)
         backend: Any = program.model.ops
-        what = ("dot" if configuration.dtype == "bf16" else "fma", 0, 0, 0, 0)
+        what = REGISTERS[configuration.dtype]
         first = True
         while (number := pipe.recv()) is not None:
             before = 0.0 if first else measure(backend, what)

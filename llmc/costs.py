@@ -61,7 +61,6 @@ class Cost:
     written: float  # bytes
     arrays: tuple[int, int, int] = (1, 1, 0)  # large ones read, written, and updated in place: an op's own traffic
     footprint: float = 0.0  # bytes of memory touched: read and written ones once
-    bf16: bool = False  # whether its products are of bf16 numbers
 
     @property
     def nbytes(self) -> float:
@@ -160,7 +159,6 @@ def cost(op: str, arguments: Arguments) -> Cost:
     return Cost(
         flops, read, written, (kinds.count("r"), kinds.count("w"), kinds.count("u")),
         sum(sizes[name] for name in given),
-        bf16=flops > 0 and any(arguments[name].dtype.itemsize == 2 for name in roles if arguments[name] is not None),
     )  # fmt: skip
 
 

@@ -104,8 +104,8 @@ class Display:
         else:
             rows["val batches"] = "unlimited" if event.val_batches is None else f"{event.val_batches:,}"
         rows["updates"] = f"{event.steps:,}, {config.schedule} learning rate {config.lr:g}"
-        if event.backend:
-            rows["device"] = f"{config.device}, {event.backend['isa']}, threads: {event.backend['threads']}"
+        backend = event.backend
+        rows["device"] = f"{config.device}, {backend['isa']}, {backend['dtype']}, threads: {backend['threads']}"
         for name, value in rows.items():
             self.line(f"{name:<16} {value}")
         self.line()
@@ -280,7 +280,7 @@ def print_info(stream: TextIO, device: str = "cpu", isa: str | None = None, thre
         "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "processor": machine.processor(),
     }
-    info = ops.load(device, isa=isa, threads=threads).info()  # type: ignore[attr-defined]
+    info = ops.load(device, isa=isa, threads=threads).info()
     rows["instruction set"] = f"{info['isa']} in use; {', '.join(info['isas'])} available"
     rows["threads"] = str(info["threads"])
     rows["OpenMP"] = f"specification {info['openmp']}" if info["openmp"] else "built without: one thread"

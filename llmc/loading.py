@@ -30,7 +30,8 @@ TOKENIZER_FILE = "tokenizer.bin"
 
 def load(
     source: PathLike, *, device: str = "cpu", isa: str | None = None, threads: int | None = None,
-    seed: int = 0, vocab_size: int | None = None, max_seq_len: int | None = None, ops: Ops | None = None,
+    dtype: str | None = None, seed: int = 0, vocab_size: int | None = None, max_seq_len: int | None = None,
+    ops: Ops | None = None,
 ) -> GPT2:
     """A model with weights and, in `.tokenizer`, its tokenizer (None where none is known or to be had).
 
@@ -43,11 +44,11 @@ def load(
     * "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", or "owner/model": the weights from the hub.
 
     Of weights that are read, `vocab_size` must be the one asked for and `max_seq_len` at least that.
-    `ops` is a backend already set up, instead of `device`, `isa` and `threads`.  Raises ConfigError,
-    FileFormatError, DownloadError or MissingDependencyError.
+    `device`, `isa`, `threads` and `dtype` are those of `ops.load`; or `ops` is a backend already set up.  Raises
+    ConfigError, FileFormatError, DownloadError or MissingDependencyError.
     """
     name = os.fspath(source)
-    backend = contract.load(device, isa=isa, threads=threads) if ops is None else ops
+    backend = contract.load(device, isa=isa, threads=threads, dtype=dtype) if ops is None else ops
     if is_preset(name):
         config = preset(name)
         changes = {"vocab_size": vocab_size, "max_seq_len": max_seq_len}

@@ -20,7 +20,7 @@ def facts(threads: int | None = None) -> dict[str, Any]:
     """Names and values, in the order in which they are printed."""
     from llmc import ops
 
-    backend = ops.load("cpu", threads=threads).info()  # type: ignore[attr-defined]
+    backend = ops.load("cpu", threads=threads).info()
     return {
         "processor": processor(),
         "logical CPUs": os.cpu_count(),

@@ -18,13 +18,16 @@ Conventions, said once:
 * Only `empty` and `reserve` allocate.  Whatever scratch an op needs lies in one workspace per backend,
   sized by `reserve` before the first call; a workspace that is too small raises `RuntimeError`.
 * The workspace is shared: a backend is called from one thread at a time (it uses as many as it is told to).
+* A backend that is loaded with dtype "bf16" rounds both operands of every matrix product (linear layers, attention,
+  head) to bf16, to nearest, ties to even, and sums in fp32; products of a row or a few, as in decoding, may leave them
+  as they are.  Everything else, and all that lies in memory, stays fp32: the parameters are their own masters.
 * Results do not depend on the number of threads: every output has one owner, and long sums are taken over
   chunks of fixed size that are combined in order.
 """
 
 from __future__ import annotations
 
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from llmc.arena import Array
 from llmc.errors import ConfigError
@@ -34,6 +37,9 @@ DEVICES = ("cpu",)
 
 class Ops(Protocol):
     """What every backend provides."""
+
+    def info(self) -> dict[str, Any]:
+        """What is in use, for people and reports: at least `dtype`, and on a CPU `isa` and `threads`."""
 
     # ---- memory ------------------------------------------------------------------------------------
 
@@ -172,16 +178,19 @@ class Ops(Protocol):
         """
 
 
-def load(device: str = "cpu", *, isa: str | None = None, threads: int | None = None) -> Ops:
+def load(
+    device: str = "cpu", *, isa: str | None = None, threads: int | None = None, dtype: str | None = None
+) -> Ops:
     """The backend for `device`, set up.
 
-    `isa` names a kernel table ("scalar", "avx2", "avx512", "neon"), else LLMC_ISA, else the best this CPU
-    has; `threads` defaults to OMP_NUM_THREADS, else the physical cores this process may use.  Raises
-    ConfigError for anything unknown or not available here.
+    `isa` names a kernel table ("scalar", "avx2", "avx512", "avx512bf16", "neon", "neonbf16"), else LLMC_ISA, else
+    the best this CPU has; `threads` defaults to OMP_NUM_THREADS, else the physical cores this process may use;
+    `dtype` is the precision of matrix products, "fp32" (the default) or "bf16".  Raises ConfigError for anything
+    unknown or not available here.
     """
     if device not in DEVICES:
         raise ConfigError("device", f"{device!r} is not available; choose from {', '.join(DEVICES)}")
     from llmc import _cpu
 
-    _cpu.configure(isa=isa, threads=threads)
+    _cpu.configure(isa=isa, threads=threads, dtype=dtype)
     return cast(Ops, _cpu)

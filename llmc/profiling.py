@@ -32,10 +32,14 @@ SMALLEST, LARGEST = 1 << 12, 1 << 27  # bytes of a stream; 128 MiB are beyond th
 Ceiling = tuple[str, int, int, int, int]  # what to measure: fma, dot, or a stream's arrays and bytes
 
 
-def ceiling(cost: Cost) -> Ceiling:
-    """What bounds a call of this cost, as `measure` takes it; a stream's bytes to an eighth, so that few differ."""
+REGISTERS: dict[str, Ceiling] = {"fp32": ("fma", 0, 0, 0, 0), "bf16": ("dot", 0, 0, 0, 0)}
+
+
+def ceiling(cost: Cost, dtype: str) -> Ceiling:
+    """What bounds a call of this cost, as `measure` takes it, where products are taken in `dtype` (fp32, bf16).  A
+    stream's bytes are rounded to three binary digits, so that few differ."""
     if cost.products:
-        return ("dot" if cost.bf16 else "fma", 0, 0, 0, 0)
+        return REGISTERS[dtype]
     size = min(max(round(cost.footprint), SMALLEST), LARGEST)
     step = 1 << (size.bit_length() - 3)
     return ("stream", *cost.arrays, (size + step // 2) // step * step)
@@ -95,6 +99,7 @@ class Profiled:
     def __init__(self, ops: Ops, steps: int) -> None:
         """`steps` is the expected number of steps, over which measurements of the ceilings are spread."""
         self._ops = ops
+        self._dtype = ops.info()["dtype"]
         self._every = max(1, -(-steps // ROUNDS))
         self._on = False
         self._steps: list[float] = []
@@ -150,7 +155,8 @@ class Profiled:
 
     def _measure(self) -> None:
         if has_ceilings(self._ops):
-            for what in sorted({ceiling(calls.cost) for calls in self._counted()} | {("fma", 0, 0, 0, 0)}):
+            needed = {ceiling(calls.cost, self._dtype) for calls in self._counted()}
+            for what in sorted(needed | {REGISTERS[self._dtype]}):
                 self._ceilings.setdefault(what, []).append(measure(self._ops, what))
 
     def report(self) -> Profile:
@@ -158,7 +164,7 @@ class Profiled:
         if not self._steps:
             raise RuntimeError("a profile needs a step")
         counted = self._counted()
-        if {ceiling(calls.cost) for calls in counted} - self._ceilings.keys():
+        if {ceiling(calls.cost, self._dtype) for calls in counted} - self._ceilings.keys():
             self._measure()
         peaks = {what: statistics.median(values) for what, values in self._ceilings.items()}
         steps = max(1, len(self._steps) - 1)
@@ -173,7 +179,9 @@ class Profiled:
             work = sum(calls.count * (calls.cost.flops if products else calls.cost.nbytes) for calls in group)
             fraction = None
             if peaks:
-                ideal = sum(calls.count * calls.cost.amount / peaks[ceiling(calls.cost)] for calls in group)
+                ideal = sum(
+                    calls.count * calls.cost.amount / peaks[ceiling(calls.cost, self._dtype)] for calls in group
+                )
                 fraction = ideal / took
             rows.append(
                 OpTime(

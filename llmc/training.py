@@ -27,7 +27,7 @@ from llmc.ops import Ops
 from llmc.profiling import Profile, Profiled
 from llmc.stories import Stories
 
-DTYPES = ("fp32",)
+DTYPES = ("fp32", "bf16")
 VALIDATION_SEED = 0  # of the held-out stories: one fixed text, so losses of different runs compare
 
 
@@ -62,7 +62,7 @@ class TrainConfig:
     sample_length: int = 64  # tokens
     overfit: bool = False  # the first batch again and again
     shuffle: bool = False  # the training data's windows in an order drawn from the seed
-    dtype: str = "fp32"
+    dtype: str = "fp32"  # of the operands of matrix products; sums, weights and moments are fp32 always
     device: str = "cpu"
     threads: int = 0  # 0: OMP_NUM_THREADS, else the physical cores
     isa: str = ""  # "": LLMC_ISA, else the best this CPU has
@@ -93,7 +93,7 @@ class TrainConfig:
         schedule.check(self.schedule)
         if self.dtype not in DTYPES:
             known = ", ".join(DTYPES)
-            raise ConfigError("dtype", f"{self.dtype!r} is not available in this version; choose {known}")
+            raise ConfigError("dtype", f"{self.dtype!r} is unknown; choose from {known}")
         if self.val_data and not self.train_data:
             raise ConfigError("val_data", "is given without train_data")
 
@@ -194,7 +194,8 @@ def train(
 ) -> Iterator[Event]:
     """Train as `config` says (None: the recipe `stories`), yielding events.
 
-    `model`, if given, is trained in place and `config.init` is only noted; else it is loaded.  `stop` is
+    `model`, if given, is trained in place with the backend it has, and `config.init`, `device`, `threads` and `isa`
+    are only noted; else it is loaded.  `stop` is
     asked before every update whether to end the run early, which then saves its model like any other.  With
     `profile` the ops are timed, which changes no result, and after the last update comes a `Profile`.
 
@@ -215,8 +216,10 @@ def _run(config: TrainConfig, model: GPT2 | None, stop: Callable[[], bool], prof
     if model is None:
         model = loading.load(
             config.init, device=config.device, isa=config.isa or None, threads=config.threads or None,
-            seed=config.seed,
+            dtype=config.dtype, seed=config.seed,
         )  # fmt: skip
+    elif config.dtype != model.ops.info()["dtype"]:
+        raise ConfigError("dtype", f"{config.dtype!r}, but the model was loaded with {model.ops.info()['dtype']!r}")
     B, T = config.batch_size, config.sequence_length
     model.prepare(B, T)
     data, held_out = _open_data(config, model)
@@ -238,7 +241,7 @@ def _run(config: TrainConfig, model: GPT2 | None, stop: Callable[[], bool], prof
             tokens_per_update=config.tokens_per_update,
             train_batches=data.num_batches,
             val_batches=0 if held_out is None else held_out.num_batches,
-            backend=model.ops.info() if hasattr(model.ops, "info") else {},
+            backend=model.ops.info(),
         )
         step = 0
         while True:

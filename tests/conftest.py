@@ -18,7 +18,7 @@ import pytest
 # Threads that wait must not spin: test machines are shared, and the ops under test are short.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-ISAS = ("scalar", "avx2", "avx512", "neon")
+ISAS = ("scalar", "avx2", "avx512", "avx512bf16", "neon", "neonbf16")
 
 # What the op tests may need of the workspace: the widest row, the largest vocabulary and tensor in them.
 CHANNELS, VOCABULARY, PARAMETERS = 4096, 8192, 1 << 21
@@ -32,8 +32,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="heavy, and LLMC_TEST_LIGHT is set"))
 
 
-def configured(isa: str | None, threads: int) -> Iterator[ModuleType]:
-    """The CPU backend set to one instruction set, and set back afterwards."""
+def configured(isa: str | None, threads: int, dtype: str = "fp32") -> Iterator[ModuleType]:
+    """The CPU backend set to one instruction set and precision, and set back afterwards."""
     from llmc import _cpu
 
     if isa is not None and isa not in _cpu.all_isas():
@@ -41,18 +41,24 @@ def configured(isa: str | None, threads: int) -> Iterator[ModuleType]:
     if isa is not None and isa not in _cpu.isas():
         pytest.skip(f"this CPU cannot run {isa}")
     before = _cpu.info()
-    _cpu.configure(isa=isa or before["isa"], threads=threads)
+    _cpu.configure(isa=isa or before["isa"], threads=threads, dtype=dtype)
     _cpu.reserve(CHANNELS, VOCABULARY, PARAMETERS)
     try:
         yield _cpu
     finally:
-        _cpu.configure(isa=before["isa"], threads=before["threads"])
+        _cpu.configure(isa=before["isa"], threads=before["threads"], dtype=before["dtype"])
 
 
 @pytest.fixture(params=[f"cpu-{isa}" for isa in ISAS])
 def ops(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
     """A backend, set up with two threads and a workspace large enough for any op test."""
     yield from configured(request.param.removeprefix("cpu-"), threads=2)
+
+
+@pytest.fixture(params=[f"cpu-{isa}" for isa in ISAS])
+def ops_bf16(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    """The same, with the operands of matrix products rounded to bf16."""
+    yield from configured(request.param.removeprefix("cpu-"), threads=2, dtype="bf16")
 
 
 @pytest.fixture

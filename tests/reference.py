@@ -36,6 +36,10 @@ def put(out: Array, value: Array, accumulate: bool) -> None:
 # ---- memory ----------------------------------------------------------------------------------------
 
 
+def info() -> dict[str, Any]:
+    return {"dtype": "fp32", "isa": "numpy", "threads": 1}  # dtype: nothing is rounded to bf16
+
+
 def empty(shape: tuple[int, ...], dtype: str) -> Array:
     return np.zeros(shape, dtype)
 

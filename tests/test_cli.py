@@ -259,7 +259,7 @@ def test_errors_are_one_line(on_numpy: Path, capsys: pytest.CaptureFixture[str])
         ("train -e stories -i none.bin", "train_data: no file matches 'none.bin'; `llmc data tinyshakespeare`"),
         ("train -t 17", "sequence length: 17 exceeds the model's 16"),
         ("train --out gpt2.bin", "out: gpt2.bin: "),
-        ("train --dtype bf16", "dtype: 'bf16' is not available in this version; choose fp32"),
+        ("train --dtype fp16", "dtype: 'fp16' is unknown; choose from fp32, bf16"),
         ("train --schedule x", "schedule: 'x' is unknown; choose from constant, cosine, linear, wsd"),
         ("sample -e stories --temperature -1", "temperature: must be a number from 0 up"),
         ("data text", "file: which text?"),

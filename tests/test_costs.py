@@ -108,16 +108,6 @@ def test_what_bounds_it() -> None:
     assert not cost("zero", given("zero")).products
 
 
-def test_bf16_products_are_told_apart() -> None:
-    import ml_dtypes
-
-    arguments = given("linear_forward")
-    assert not cost("linear_forward", arguments).bf16
-    narrow = {**arguments, "x": arguments["x"].astype(ml_dtypes.bfloat16), "w": arguments["w"].astype(np.uint16)}
-    found = cost("linear_forward", narrow)
-    assert found.bf16 and found.read == 2 * (ROWS + 96) + 4 * 12
-
-
 def test_unknown() -> None:
     with pytest.raises(KeyError):
         cost("fly", {})

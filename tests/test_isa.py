@@ -51,8 +51,12 @@ def test_isas_are_what_the_kernel_says(cpu: ModuleType) -> None:
         assert ("avx2" in cpu.isas()) == ({"avx2", "fma"} <= flags)
     if "avx512" in cpu.all_isas():
         assert ("avx512" in cpu.isas()) == ({"avx512f", "avx512vl", "avx512dq", "avx512bw"} <= flags)
+    if "avx512bf16" in cpu.all_isas():
+        assert ("avx512bf16" in cpu.isas()) == ("avx512" in cpu.isas() and "avx512_bf16" in flags)
     if "neon" in cpu.all_isas():
         assert "neon" in cpu.isas()
+    if "neonbf16" in cpu.all_isas():
+        assert ("neonbf16" in cpu.isas()) == ("bf16" in flags)
 
 
 def test_forced_by_argument(ops: ModuleType) -> None:
@@ -74,7 +78,8 @@ def test_the_argument_outweighs_the_environment(cpu: ModuleType) -> None:
 
 def test_best_by_default(cpu: ModuleType) -> None:
     """Without being told, the fastest that this CPU can run."""
-    expected = next(isa for isa in ("avx512", "avx2", "neon", "scalar") if isa in cpu.isas())
+    best_first = ("avx512bf16", "avx512", "avx2", "neonbf16", "neon", "scalar")
+    expected = next(isa for isa in best_first if isa in cpu.isas())
     assert python(SHOW) == expected
     assert python(SHOW, LLMC_ISA="") == expected
 
@@ -103,15 +108,15 @@ def test_isa_this_machine_lacks(cpu: ModuleType) -> None:
 
 
 def test_the_tables_really_differ(cpu: ModuleType, rng: Generator) -> None:
-    """Sums of different widths round differently: no two instruction sets give the same thousand sums.
+    """Sums of different widths, or of pairs, round differently: no two instruction sets give the same thousand sums.
 
-    Were the choice ignored, all would agree to the bit.
+    Were the choice ignored, all would agree to the bit.  Those that differ in products of bf16 alone agree in fp32.
     """
     x, w = rng.standard_normal((1, 200, 500)), rng.standard_normal((300, 500))
     x32, w32 = x.astype(np.float32), w.astype(np.float32)
     results = {}
     for isa in cpu.isas():
-        cpu.configure(isa=isa)
+        cpu.configure(isa=isa, dtype="bf16")
         out, pre = np.zeros((1, 200, 300), np.float32), np.zeros((1, 200, 300), np.float32)
         cpu.linear_gelu_forward(out, pre, x32, w32, None)
         dx, dw, db = np.zeros_like(x32), np.zeros(500, np.float32), np.zeros(500, np.float32)

@@ -73,6 +73,9 @@ class Clockwork:
     def __getattr__(self, name: str) -> Any:
         return lambda *args, **kwargs: 0.0
 
+    def info(self) -> dict[str, Any]:
+        return {"dtype": "fp32"}
+
     def zero(self, x: Any) -> None:
         time.sleep(0.002)
 
@@ -123,6 +126,15 @@ def test_keyword_arguments(cpu: ModuleType) -> None:
     assert out.tolist() == [[[4.0] * 3] * 2] and profiled.report().rows[0].size == "4 -> 3"
 
 
+def test_bf16(ops_bf16: ModuleType) -> None:
+    """Products are compared with the peak of bf16 products."""
+    config = TrainConfig(**{**vars(RUN), "dtype": "bf16", "steps": 2})
+    model = llmc.load("tiny", ops=cast(Ops, ops_bf16))
+    profile = list(train(config, model, profile=True))[-1]
+    assert isinstance(profile, Profile) and set(profile.peaks) == {"dot"}
+    assert "bf16 dot products" in display.profile_lines(profile)[-1]
+
+
 def test_a_backend_without_ceilings() -> None:
     """Times and rates, and no fractions."""
     profile = list(train(RUN, llmc.load("tiny", ops=cast(Ops, reference)), profile=True))[-1]
@@ -139,11 +151,11 @@ def test_nothing_to_report(cpu: ModuleType) -> None:
 
 def test_ceiling_is_that_of_the_op() -> None:
     cost = profiling.Cost
-    assert profiling.ceiling(cost(1e9, 10, 10)) == ("fma", 0, 0, 0, 0)
-    assert profiling.ceiling(cost(1e9, 10, 10, bf16=True)) == ("dot", 0, 0, 0, 0)
-    assert profiling.ceiling(cost(0, 4e6, 3e6, (1, 0, 3), 4e6)) == ("stream", 1, 0, 3, 4194304)
-    assert profiling.ceiling(cost(0, 9, 9, (1, 1, 0), 18))[-1] == profiling.SMALLEST
-    assert profiling.ceiling(cost(0, 9e9, 9e9, (1, 1, 0), 18e9))[-1] == profiling.LARGEST
+    assert profiling.ceiling(cost(1e9, 10, 10), "fp32") == ("fma", 0, 0, 0, 0)
+    assert profiling.ceiling(cost(1e9, 10, 10), "bf16") == ("dot", 0, 0, 0, 0)
+    assert profiling.ceiling(cost(0, 4e6, 3e6, (1, 0, 3), 4e6), "bf16") == ("stream", 1, 0, 3, 4194304)
+    assert profiling.ceiling(cost(0, 9, 9, (1, 1, 0), 18), "fp32")[-1] == profiling.SMALLEST
+    assert profiling.ceiling(cost(0, 9e9, 9e9, (1, 1, 0), 18e9), "fp32")[-1] == profiling.LARGEST
 
 
 def test_command_line(cpu: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

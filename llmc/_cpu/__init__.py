@@ -11,7 +11,7 @@ from llmc._cpu.activation import gelu_backward, gelu_forward, residual_forward, 
 from llmc._cpu.attention import attention_backward, attention_decode, attention_forward
 from llmc._cpu.embed import embedding_backward, embedding_forward
 from llmc._cpu.head import head_logits, head_loss
-from llmc._cpu.isa import activate, all_isas, info, isas, resolve_isa, resolve_threads
+from llmc._cpu.isa import activate, all_isas, info, isas, resolve_dtype, resolve_isa, resolve_threads
 from llmc._cpu.linear import linear_backward, linear_forward, linear_gelu_backward, linear_gelu_forward, product
 from llmc._cpu.norm import layernorm_backward, layernorm_forward
 from llmc._cpu.optimizer import adamw_step, global_norm
@@ -27,12 +27,12 @@ __all__ = [
 ]  # fmt: skip
 
 
-def configure(isa: str | None = None, threads: int | None = None) -> None:
-    """Choose the kernel table and the thread count (None: the defaults of `ops.load`), for every model in this
-    process.  ConfigError for a name or a number that cannot be had."""
-    name, count = resolve_isa(isa), resolve_threads(threads)
+def configure(isa: str | None = None, threads: int | None = None, dtype: str | None = None) -> None:
+    """Choose the kernel table, the thread count and the products' precision (None: the defaults of `ops.load`), for
+    every model in this process.  ConfigError for a name or a number that cannot be had."""
+    name, count, precision = resolve_isa(isa), resolve_threads(threads), resolve_dtype(dtype)
     resize_scratch(name, count)
-    activate(name, count)
+    activate(name, count, precision)
 
 
 configure(isas()[-1], 1)

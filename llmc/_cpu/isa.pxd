@@ -2,14 +2,17 @@ cdef extern from "simd/kernels.h" nogil:
     ctypedef struct AdamW:
         float lr, beta1, one_minus_beta1, correction1, beta2, one_minus_beta2, correction2, eps, decay, scale
 
+    ctypedef void Gemm(float *c, Py_ssize_t ldc, const float *a, Py_ssize_t a_rs, Py_ssize_t a_cs, const float *b,
+                       Py_ssize_t b_rs, Py_ssize_t b_cs, Py_ssize_t M, Py_ssize_t N, Py_ssize_t K, int add,
+                       const float *bias, float *scratch) noexcept nogil
+
     ctypedef struct Kernels:
         const char *name
-        int tile_rows, tile_columns
+        int tile_rows, tile_columns, has_dot
         Py_ssize_t gemm_scratch
 
-        void (*gemm)(float *c, Py_ssize_t ldc, const float *a, Py_ssize_t a_rs, Py_ssize_t a_cs, const float *b,
-                     Py_ssize_t b_rs, Py_ssize_t b_cs, Py_ssize_t M, Py_ssize_t N, Py_ssize_t K, int add,
-                     const float *bias, float *scratch) noexcept nogil
+        Gemm *gemm
+        Gemm *gemm_bf16
         void (*dot_rows)(float *out, const float *x, const float *w, Py_ssize_t ldw, Py_ssize_t K, Py_ssize_t n,
                          const float *bias) noexcept nogil
 
@@ -40,5 +43,6 @@ cdef extern from "simd/kernels.h" nogil:
         float (*stream_span)(float **p, int reads, int writes, int updates, Py_ssize_t n) noexcept nogil
 
 cdef const Kernels *kernels
+cdef Gemm *gemm
 cdef int threads
 cdef Py_ssize_t gemm_scratch(str name) except -1

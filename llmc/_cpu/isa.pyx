@@ -1,4 +1,5 @@
-"""The active kernel table and the number of threads: every other module of this package reads them here."""
+"""The active kernel table, the matrix product's precision and the number of threads: every other module of this package
+reads them here."""
 
 import os
 import pathlib
@@ -33,7 +34,10 @@ cdef extern from *:
     int llmc_openmp()
     void llmc_pause_threads()
 
+DTYPES = ("fp32", "bf16")
+
 kernels = NULL
+gemm = NULL
 threads = 1
 
 
@@ -96,19 +100,32 @@ cdef Py_ssize_t gemm_scratch(str name) except -1:
     return _find(name).gemm_scratch
 
 
-def activate(name, count):
-    """Use the table `name`, one of `isas()`, on `count` threads from now on."""
-    global kernels, threads
+def resolve_dtype(name=None):
+    """`name`, else fp32.  ConfigError for anything but one of DTYPES."""
+    if name is None:
+        name = DTYPES[0]
+    if name not in DTYPES:
+        raise ConfigError("dtype", f"{name!r} is unknown here; choose from {', '.join(DTYPES)}")
+    return name
+
+
+def activate(name, count, dtype):
+    """Use the table `name`, one of `isas()`, on `count` threads, with operands of products as `dtype`, from now on."""
+    global kernels, gemm, threads
     kernels = _find(name)
+    gemm = kernels.gemm_bf16 if dtype == "bf16" else kernels.gemm
     threads = count
 
 
 def info():
-    """What is active: isa, tile, threads, and the OpenMP specification's date (0: built without)."""
+    """What is active: isa, tile, dtype, threads, whether the table multiplies bf16 pairs in one instruction (else it
+    rounds, and multiplies in fp32), and the OpenMP specification's date (0: built without)."""
     return {
         "isa": kernels.name.decode(),
         "isas": isas(),
         "tile": (kernels.tile_rows, kernels.tile_columns),
+        "dtype": "bf16" if gemm == kernels.gemm_bf16 else "fp32",
+        "bf16_products": bool(kernels.has_dot),
         "threads": threads,
         "openmp": llmc_openmp(),
     }

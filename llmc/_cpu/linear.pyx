@@ -28,7 +28,7 @@ cdef void _block(Py_ssize_t t, Py_ssize_t grid_n, Py_ssize_t m, Py_ssize_t n, fl
                  Py_ssize_t N, Py_ssize_t K, bint add, const float *bias) noexcept nogil:
     cdef Py_ssize_t i = t // grid_n * m, j = t % grid_n * n
     if i < M and j < N:
-        isa.kernels.gemm(
+        isa.gemm(
             c + i * ldc + j, ldc, a + i * a_rs, a_rs, a_cs, b + j * b_cs, b_rs, b_cs, min(m, M - i), min(n, N - j), K,
             add, NULL if bias == NULL else bias + j, thread_scratch(threadid()))
 

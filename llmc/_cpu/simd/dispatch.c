@@ -8,12 +8,31 @@ extern const Kernels kernels_avx2;
 #ifdef LLMC_HAVE_AVX512
 extern const Kernels kernels_avx512;
 #endif
+#ifdef LLMC_HAVE_AVX512BF16
+extern const Kernels kernels_avx512bf16;
+#endif
 #ifdef LLMC_HAVE_NEON
 extern const Kernels kernels_neon;
 #endif
+#ifdef LLMC_HAVE_NEONBF16
+extern const Kernels kernels_neonbf16;
+#ifdef __linux__
+#include <sys/auxv.h>
+static int has_bf16(void) { return (getauxval(AT_HWCAP2) >> 14 & 1) != 0; }
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
+static int has_bf16(void) {
+    int found = 0;
+    size_t size = sizeof found;
+    return sysctlbyname("hw.optional.arm.FEAT_BF16", &found, &size, NULL, 0) == 0 && found;
+}
+#else
+static int has_bf16(void) { return 0; }
+#endif
+#endif
 
 const IsaEntry *dispatch_table(int *count) {
-    static IsaEntry table[4];
+    static IsaEntry table[6];
     int n = 0;
     table[n++] = (IsaEntry){&kernels_scalar, 1};
     /* __builtin_cpu_supports asks CPUID and, through XGETBV, whether the system saves the registers. */
@@ -22,12 +41,18 @@ const IsaEntry *dispatch_table(int *count) {
     table[n++] = (IsaEntry){&kernels_avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")};
 #endif
 #ifdef LLMC_HAVE_AVX512
-    table[n++] =
-        (IsaEntry){&kernels_avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-                                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw")};
+    int avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
+    table[n++] = (IsaEntry){&kernels_avx512, avx512};
+#ifdef LLMC_HAVE_AVX512BF16
+    table[n++] = (IsaEntry){&kernels_avx512bf16, avx512 && __builtin_cpu_supports("avx512bf16")};
+#endif
 #endif
 #ifdef LLMC_HAVE_NEON
     table[n++] = (IsaEntry){&kernels_neon, 1}; /* part of every AArch64 */
+#endif
+#ifdef LLMC_HAVE_NEONBF16
+    table[n++] = (IsaEntry){&kernels_neonbf16, has_bf16()};
 #endif
     *count = n;
     return table;

@@ -1,57 +1,80 @@
-/* Matrix product on one thread: C (+)= A B (+ bias), any strides, any sizes.
+/* Matrix product on one thread: C (+)= A B (+ bias), any strides, any sizes, in fp32 or with operands rounded to bf16.
  *
  *     C (M x N)   row i at c + i ldc
  *     A (M x K)   element (i, k) at a + i a_rs + k a_cs, one of the two strides being 1
  *     B (K x N)   element (k, j) at b + k b_rs + j b_cs, likewise
  *
- * The plan is Goto & van de Geijn's (2008).  B is packed, NC columns by KC rows at a time, into panels of
- * NR = 3 VL columns, a panel's row k being NR consecutive floats.  A tile of MR x NR accumulators stays
- * in registers while k runs over KC; per k it loads three vectors of B and broadcasts MR floats of A.
+ * The plan is Goto & van de Geijn's (2008).
  *
- *              NR                          B panel (KC x NR)     stays in L1 while ...
- *         +----------+                     A block (MC x KC)     ... streams past it from L2
- *      MR |   tile   |
- *         +----------+
+ *                 NR                     panel of B (KC x NR)   packed just before its first use
+ *            +----------+                block of A (MC x KC)   stays in L2 while the panels pass
+ *         MR |   tile   |                row panel (MR x KC)    in L1 for the length of a tile
+ *            +----------+
  *
- * A broadcast is a scalar load, so rows of A (a_cs = 1) are used where they lie; only a transposed A
- * (a_rs = 1, the weight gradient) is packed, MR rows side by side.
+ * A tile of MR x NR accumulators stays in registers while k runs over KC; per k it loads NV vectors of B and broadcasts
+ * MR numbers of A.  Where A's rows are contiguous a broadcast reads them where they lie; a transposed A (the weight
+ * gradient) is packed, MR columns side by side.
  *
- * Edges: a tile of m x v vectors exists for every m <= MR and v <= 3, so the last rows cost only what they
- * compute; the last vector of a row is stored under a mask.  B's panels are padded with zeros to whole
- * vectors.  Each element of C sums k in order, KC at a time, whatever block it falls into: results do not
- * depend on how the caller divides C among threads. */
+ * Packing a panel of B costs one read of memory, and most of that is waiting: so while the tiles of one panel are
+ * computed, the source of the next one is prefetched into L2, a few lines per tile.
+ *
+ * bf16.  A word of a packed panel is 32 bits: one float or, where the machine multiplies pairs (HAVE_DOT), the bf16
+ * numbers of k and k + 1.  Elsewhere words are floats rounded to bf16, whose products are exact in fp32: the same
+ * mathematics, the same tile.  Both are rounded while they are packed, so memory holds fp32 alone.
+ *
+ * Edges: a tile of m x v vectors exists for every m <= MR and v <= NV, so the last rows cost only what they compute;
+ * the last vector of a row is stored under a mask.  B's panels are padded with zeros to whole vectors. */
+#include "kernels.h"
 #include "vec.h"
 
 #include <string.h>
 
-enum { NV = 3, NR = NV * VL, KC = 256, MC = 128, NC = 16 * NR };
+/* KC counts words.  A block of A that is used in place is kept small: rows a power of two apart crowd into few sets
+ * of a cache, and half of one is all that can be relied on. */
+enum { NR = NV * VL, KC = 512, MC_IN_PLACE = 128, MC = 256, NC = 1536 };
 
-/* Floats of scratch that gemm() needs: one block of B and one of a transposed A. */
-enum { GEMM_SCRATCH = KC * NC + KC * MC };
+/* Floats of scratch that gemm() needs: a block of A, a row of panels of B. */
+enum { GEMM_SCRATCH = KC * (MC + NC) };
 
-/* One tile, m x (nv VL) with the last vector `tail` lanes wide.  m, nv and a_k are compile-time constants. */
-ALWAYS_INLINE void tile_body(const int m, const int nv, const ptrdiff_t a_k, const float *restrict a, ptrdiff_t a_i,
-                             const float *restrict b, ptrdiff_t kc, float *restrict c, ptrdiff_t ldc, ptrdiff_t tail,
-                             int add, const float *restrict bias) {
+/* What a word is: a float as it is, a float rounded to bf16, two bf16 numbers. */
+typedef enum Mode { FP32, ROUNDED, PAIRS } Mode;
+
+/* ---- the tile --------------------------------------------------------------------------------------- */
+
+ALWAYS_INLINE vec multiply_add(const int pairs, vec a, vec b, vec acc) {
+#ifdef HAVE_DOT
+    if (pairs) return v_dot(acc, a, b);
+#endif
+    (void)pairs;
+    return v_fma(a, b, acc);
+}
+
+/* m x (nv VL), the last vector `tail` lanes wide.  m, nv, a_k and pairs are compile-time constants. */
+ALWAYS_INLINE void tile_body(const int m, const int nv, const ptrdiff_t a_k, const int pairs, const float *restrict a,
+                             ptrdiff_t a_i, const float *restrict b, ptrdiff_t kc, float *restrict c, ptrdiff_t ldc,
+                             ptrdiff_t tail, int add, const float *restrict bias) {
     vec acc[MR][NV];
 #pragma GCC unroll 8
     for (int i = 0; i < m; i++)
-#pragma GCC unroll 3
-        for (int j = 0; j < nv; j++) acc[i][j] = v_set(0.0f);
+#pragma GCC unroll 4
+        for (int j = 0; j < nv; j++) {
+            __builtin_prefetch(c + i * ldc + j * VL, 1);
+            acc[i][j] = v_set(0.0f);
+        }
 
     for (ptrdiff_t k = 0; k < kc; k++) {
         vec bv[NV];
-#pragma GCC unroll 3
+#pragma GCC unroll 4
         for (int j = 0; j < nv; j++) bv[j] = v_load(b + k * NR + j * VL);
 #pragma GCC unroll 8
         for (int i = 0; i < m; i++) {
             vec av = v_set(a[i * a_i + k * a_k]);
-#pragma GCC unroll 3
-            for (int j = 0; j < nv; j++) acc[i][j] = v_fma(av, bv[j], acc[i][j]);
+#pragma GCC unroll 4
+            for (int j = 0; j < nv; j++) acc[i][j] = multiply_add(pairs, av, bv[j], acc[i][j]);
         }
     }
 
-#pragma GCC unroll 3
+#pragma GCC unroll 4
     for (int j = 0; j < nv; j++) {
         ptrdiff_t lanes = j == nv - 1 ? tail : VL;
         vec bj = bias ? load_upto(bias + j * VL, lanes) : v_set(0.0f);
@@ -69,11 +92,12 @@ ALWAYS_INLINE void tile_body(const int m, const int nv, const ptrdiff_t a_k, con
 }
 
 /* The same for any m <= MR and nv <= NV: one branch per tile picks the constants. */
-ALWAYS_INLINE void tile_any(int m, int nv, const ptrdiff_t a_k, const float *a, ptrdiff_t a_i, const float *b,
-                            ptrdiff_t kc, float *c, ptrdiff_t ldc, ptrdiff_t tail, int add, const float *bias) {
+ALWAYS_INLINE void tile_any(int m, int nv, const ptrdiff_t a_k, const int pairs, const float *a, ptrdiff_t a_i,
+                            const float *b, ptrdiff_t kc, float *c, ptrdiff_t ldc, ptrdiff_t tail, int add,
+                            const float *bias) {
 #define TILE(M, V)                                                                                                     \
     case (M) * 4 + (V):                                                                                                \
-        tile_body(M, V, a_k, a, a_i, b, kc, c, ldc, tail, add, bias);                                                  \
+        tile_body(M, V, a_k, pairs, a, a_i, b, kc, c, ldc, tail, add, bias);                                           \
         break;
 #define TILES(M) TILE(M, 1) TILE(M, 2) TILE(M, 3)
     switch (m * 4 + nv) {
@@ -92,86 +116,189 @@ ALWAYS_INLINE void tile_any(int m, int nv, const ptrdiff_t a_k, const float *a, 
 #undef TILE
 }
 
-__attribute__((noinline)) static void tile_rows(int m, int nv, const float *a, ptrdiff_t a_i, const float *b,
-                                                ptrdiff_t kc, float *c, ptrdiff_t ldc, ptrdiff_t tail, int add,
-                                                const float *bias) {
-    tile_any(m, nv, 1, a, a_i, b, kc, c, ldc, tail, add, bias);
-}
+typedef void Tile(int m, int nv, const float *a, ptrdiff_t a_i, const float *b, ptrdiff_t kc, float *c, ptrdiff_t ldc,
+                  ptrdiff_t tail, int add, const float *bias);
 
-__attribute__((noinline)) static void tile_packed(int m, int nv, const float *a, const float *b, ptrdiff_t kc, float *c,
-                                                  ptrdiff_t ldc, ptrdiff_t tail, int add, const float *bias) {
-    tile_any(m, nv, MR, a, 1, b, kc, c, ldc, tail, add, bias);
-}
-
-/* Pack kc x n of B (n <= NR) as one panel; columns from n to the next whole vector become zero. */
-static void pack_panel(float *restrict out, const float *restrict b, ptrdiff_t b_rs, ptrdiff_t b_cs, ptrdiff_t kc,
-                       ptrdiff_t n) {
-    if (b_cs == 1) { /* rows lie as the panel wants them: copy */
-        for (ptrdiff_t k = 0; k < kc; k++)
-            for (ptrdiff_t j = 0; j < n; j += VL) v_store(out + k * NR + j, load_upto(b + k * b_rs + j, n - j));
-        return;
+#define TILE_FUNCTION(NAME, A_K, PAIRS)                                                                                \
+    __attribute__((noinline)) static void NAME(int m, int nv, const float *a, ptrdiff_t a_i, const float *b,           \
+                                               ptrdiff_t kc, float *c, ptrdiff_t ldc, ptrdiff_t tail, int add,         \
+                                               const float *bias) {                                                    \
+        tile_any(m, nv, A_K, PAIRS, a, a_i, b, kc, c, ldc, tail, add, bias);                                           \
     }
-    for (ptrdiff_t j = 0; j < n; j += VL) { /* columns are contiguous: transpose VL x VL blocks */
-        ptrdiff_t columns = n - j < VL ? n - j : VL;
-        for (ptrdiff_t k = 0; k < kc; k += VL) {
-            ptrdiff_t depth = kc - k < VL ? kc - k : VL;
-            vec block[VL];
-            for (ptrdiff_t i = 0; i < VL; i++)
-                block[i] = i < columns ? load_upto(b + (j + i) * b_cs + k, depth) : v_set(0.0f);
-            v_transpose(block);
-            for (ptrdiff_t i = 0; i < depth; i++) v_store(out + (k + i) * NR + j, block[i]);
+TILE_FUNCTION(tile_rows, 1, 0)     /* A's k are consecutive */
+TILE_FUNCTION(tile_columns, MR, 0) /* A's rows are consecutive: packed */
+#ifdef HAVE_DOT
+TILE_FUNCTION(tile_rows_pairs, 1, 1)
+TILE_FUNCTION(tile_columns_pairs, MR, 1)
+#endif
+
+/* ---- packing ---------------------------------------------------------------------------------------- */
+
+/* Words from one or two rows of floats: word j of row k is x[j] or, in pairs, (x[j], next[j]). */
+ALWAYS_INLINE vec words(const Mode mode, const float *x, const float *next, ptrdiff_t n) {
+    vec v = load_upto(x, n);
+#ifdef HAVE_DOT
+    if (mode == PAIRS) return v_pairs(v, next ? load_upto(next, n) : v_set(0.0f));
+#endif
+    (void)next;
+    return mode == ROUNDED ? v_round_bf16(v) : v;
+}
+
+/* Words from one row whose k are consecutive: n floats, in pairs (x[2i], x[2i+1]). */
+ALWAYS_INLINE vec words_along(const Mode mode, const float *x, ptrdiff_t n) {
+#ifdef HAVE_DOT
+    if (mode == PAIRS) return v_pairs_along(load_upto(x, n), n > VL ? load_upto(x + VL, n - VL) : v_set(0.0f));
+#endif
+    return mode == ROUNDED ? v_round_bf16(load_upto(x, n)) : load_upto(x, n);
+}
+
+/* Rows of k, contiguous: n columns of kc words become panels of W words per k, `panel` floats apart. */
+ALWAYS_INLINE void pack_across(const Mode mode, const int W, float *restrict out, ptrdiff_t panel, const float *x,
+                               ptrdiff_t ld, ptrdiff_t K, ptrdiff_t n) {
+    const int step = mode == PAIRS ? 2 : 1;
+    for (ptrdiff_t k = 0; k < K; k += step, out += W) {
+        const float *row = x + k * ld, *next = step == 2 && k + 1 < K ? row + ld : NULL;
+        float *to = out;
+        if (W >= VL) {
+            for (ptrdiff_t j = 0; j < n; j += W, to += panel)
+                for (ptrdiff_t i = 0; i < W && i + j < n; i += VL)
+                    v_store(to + i, words(mode, row + j + i, next ? next + j + i : NULL, n - j - i));
+        } else {
+            for (ptrdiff_t j = 0; j < n; j += VL) {
+                float buffer[VL];
+                v_store(buffer, words(mode, row + j, next ? next + j : NULL, n - j));
+                for (int i = 0; i < VL && j + i < n; i += W, to += panel) memcpy(to, buffer + i, W * sizeof(float));
+            }
         }
     }
 }
 
-/* Pack m <= MR rows of a transposed A (a_rs = 1): MR floats per k, unused ones left alone. */
-static void pack_rows(float *restrict out, const float *restrict a, ptrdiff_t a_cs, ptrdiff_t kc, ptrdiff_t m) {
-    if (m == MR)
-        for (ptrdiff_t k = 0; k < kc; k++) memcpy(out + k * MR, a + k * a_cs, MR * sizeof(float));
-    else
-        for (ptrdiff_t k = 0; k < kc; k++) memcpy(out + k * MR, a + k * a_cs, (size_t)m * sizeof(float));
+/* Columns contiguous: VL x VL blocks of words are transposed.  One panel of n <= NR columns. */
+ALWAYS_INLINE void pack_along(const Mode mode, float *restrict out, const float *x, ptrdiff_t ld, ptrdiff_t K,
+                              ptrdiff_t n) {
+    const ptrdiff_t deep = mode == PAIRS ? 2 * VL : VL; /* floats of k in a block */
+    for (ptrdiff_t k = 0; k < K; k += deep) {
+        ptrdiff_t left = K - k < deep ? K - k : deep, depth = mode == PAIRS ? (left + 1) / 2 : left;
+        for (ptrdiff_t j = 0; j < n; j += VL) {
+            vec block[VL];
+            for (ptrdiff_t i = 0; i < VL; i++)
+                block[i] = j + i < n ? words_along(mode, x + (j + i) * ld + k, left) : v_set(0.0f);
+            v_transpose(block);
+            float *to = out + (mode == PAIRS ? k / 2 : k) * NR + j;
+            for (ptrdiff_t i = 0; i < depth; i++) v_store(to + i * NR, block[i]);
+        }
+    }
+}
+
+/* Rows of A as rows of words. */
+ALWAYS_INLINE void pack_rows(const Mode mode, float *restrict out, ptrdiff_t ldo, const float *x, ptrdiff_t ld,
+                             ptrdiff_t K, ptrdiff_t m) {
+    const ptrdiff_t deep = mode == PAIRS ? 2 * VL : VL;
+    for (ptrdiff_t i = 0; i < m; i++)
+        for (ptrdiff_t k = 0; k < K; k += deep) {
+            ptrdiff_t left = K - k < deep ? K - k : deep, depth = mode == PAIRS ? (left + 1) / 2 : left;
+            store_upto(out + i * ldo + (mode == PAIRS ? k / 2 : k), words_along(mode, x + i * ld + k, left), depth);
+        }
+}
+
+/* ---- the walk --------------------------------------------------------------------------------------- */
+
+/* A rectangle of memory that is asked for ahead of time, a few cache lines at once. */
+typedef struct Ahead {
+    const char *row;
+    ptrdiff_t stride, bytes, at, rows;
+} Ahead;
+
+ALWAYS_INLINE void ahead(Ahead *s, int lines) {
+    for (; lines > 0 && s->rows > 0; lines--) {
+        __builtin_prefetch(s->row + s->at, 0, 2);
+        s->at += 64;
+        if (s->at >= s->bytes) {
+            s->at = 0;
+            s->row += s->stride;
+            s->rows--;
+        }
+    }
+}
+
+ALWAYS_INLINE ptrdiff_t least(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
+/* n in equal parts of at most `most`, each a multiple of `unit` */
+ALWAYS_INLINE ptrdiff_t part(ptrdiff_t n, ptrdiff_t most, ptrdiff_t unit) {
+    ptrdiff_t parts = (n + most - 1) / most;
+    return parts > 1 ? least(most, ((n + parts - 1) / parts + unit - 1) / unit * unit) : most;
+}
+
+ALWAYS_INLINE void gemm_any(const Mode mode, float *c, ptrdiff_t ldc, const float *a, ptrdiff_t a_rs, ptrdiff_t a_cs,
+                            const float *b, ptrdiff_t b_rs, ptrdiff_t b_cs, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K,
+                            int add, const float *bias, float *scratch) {
+    const ptrdiff_t per_word = mode == PAIRS ? 2 : 1;
+    /* An A of one row, or of one column, has a stride that means nothing: treat it as rows. */
+    const int rows = a_cs == 1;
+#ifdef HAVE_DOT
+    Tile *tile = mode == PAIRS ? (rows ? tile_rows_pairs : tile_columns_pairs) : rows ? tile_rows : tile_columns;
+#else
+    Tile *tile = rows ? tile_rows : tile_columns;
+#endif
+    ptrdiff_t mc = part(M, rows && mode == FP32 ? MC_IN_PLACE : MC, MR), kc = part(K, KC * per_word, 2 * VL);
+    float *packed_a = scratch, *packed_b = scratch + MC * KC;
+    for (ptrdiff_t jc = 0; jc < N; jc += NC) {
+        ptrdiff_t nc = least(NC, N - jc), pc = 0;
+        do { /* once even where K is 0: C is then the bias, or zero */
+            ptrdiff_t depth = least(kc, K - pc), kw = (depth + per_word - 1) / per_word;
+            int add_block = add || pc > 0;
+            for (ptrdiff_t ic = 0; ic < M; ic += mc) {
+                ptrdiff_t m = least(mc, M - ic), a_i = kw; /* row i of the block at a_i i, packed or where it lies */
+                const float *block = a + ic * a_rs + pc * a_cs, *lies = packed_a;
+                if (!rows)
+                    pack_across(mode, MR, packed_a, kw * MR, block, a_cs, depth, m);
+                else if (mode != FP32)
+                    pack_rows(mode, packed_a, kw, block, a_rs, depth, m);
+                else
+                    lies = block, a_i = a_rs;
+                for (ptrdiff_t j = 0; j < nc; j += NR) {
+                    ptrdiff_t n = least(NR, nc - j), nv = (n + VL - 1) / VL, tail = n - (nv - 1) * VL;
+                    float *panel = M > mc ? packed_b + j * kw : packed_b; /* one block of A: used once */
+                    const float *bj = b + pc * b_rs + (jc + j) * b_cs;
+                    Ahead next = {0};
+                    if (ic == 0) {
+                        if (b_cs == 1)
+                            pack_across(mode, NR, panel, 0, bj, b_rs, depth, n);
+                        else
+                            pack_along(mode, panel, bj, b_cs, depth, n);
+                        if (j + NR < nc) {
+                            ptrdiff_t more = least(NR, nc - j - NR);
+                            next = b_cs == 1 ? (Ahead){(const char *)(bj + NR), b_rs * 4, more * 4, 0, depth}
+                                             : (Ahead){(const char *)(bj + NR * b_cs), b_cs * 4, depth * 4, 0, more};
+                        }
+                    }
+                    int lines = (int)(next.rows * ((next.bytes + 63) / 64) * MR / m + 1);
+                    for (ptrdiff_t i = 0; i < m; i += MR) {
+                        ahead(&next, lines);
+                        tile((int)least(MR, m - i), (int)nv, lies + i * a_i, rows ? a_i : 1, panel, kw,
+                             c + (ic + i) * ldc + jc + j, ldc, tail, add_block, bias ? bias + jc + j : NULL);
+                    }
+                }
+            }
+            pc += kc;
+        } while (pc < K);
+    }
 }
 
 static void gemm(float *c, ptrdiff_t ldc, const float *a, ptrdiff_t a_rs, ptrdiff_t a_cs, const float *b,
                  ptrdiff_t b_rs, ptrdiff_t b_cs, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K, int add, const float *bias,
                  float *scratch) {
-    float *packed_b = scratch, *packed_a = scratch + (ptrdiff_t)KC * NC;
-    /* An A of one row, or of one column, has a stride that means nothing: treat it as rows. */
-    int rows = a_cs == 1;
-    for (ptrdiff_t jc = 0; jc < N; jc += NC) {
-        ptrdiff_t nc = N - jc < NC ? N - jc : NC;
-        ptrdiff_t pc = 0;
-        do { /* once even where K is 0: C is then the bias, or zero */
-            ptrdiff_t kc = K - pc < KC ? K - pc : KC;
-            int add_block = add || pc > 0;
-            for (ptrdiff_t j = 0; j < nc; j += NR)
-                pack_panel(packed_b + j * kc, b + pc * b_rs + (jc + j) * b_cs, b_rs, b_cs, kc,
-                           nc - j < NR ? nc - j : NR);
-            for (ptrdiff_t ic = 0; ic < M; ic += MC) {
-                ptrdiff_t mc = M - ic < MC ? M - ic : MC;
-                const float *a_block = a + ic * a_rs + pc * a_cs;
-                if (!rows)
-                    for (ptrdiff_t i = 0; i < mc; i += MR)
-                        pack_rows(packed_a + i * kc, a_block + i, a_cs, kc, mc - i < MR ? mc - i : MR);
-                for (ptrdiff_t j = 0; j < nc; j += NR) {
-                    ptrdiff_t n = nc - j < NR ? nc - j : NR;
-                    int nv = (int)((n + VL - 1) / VL);
-                    ptrdiff_t tail = n - (nv - 1) * VL;
-                    const float *panel = packed_b + j * kc;
-                    const float *bj = bias ? bias + jc + j : NULL;
-                    for (ptrdiff_t i = 0; i < mc; i += MR) {
-                        int m = (int)(mc - i < MR ? mc - i : MR);
-                        float *cij = c + (ic + i) * ldc + jc + j;
-                        if (rows)
-                            tile_rows(m, nv, a_block + i * a_rs, a_rs, panel, kc, cij, ldc, tail, add_block, bj);
-                        else
-                            tile_packed(m, nv, packed_a + i * kc, panel, kc, cij, ldc, tail, add_block, bj);
-                    }
-                }
-            }
-            pc += KC;
-        } while (pc < K);
-    }
+    gemm_any(FP32, c, ldc, a, a_rs, a_cs, b, b_rs, b_cs, M, N, K, add, bias, scratch);
+}
+
+/* The same with A and B rounded to bf16 (to nearest, ties to even); sums stay fp32. */
+static void gemm_bf16(float *c, ptrdiff_t ldc, const float *a, ptrdiff_t a_rs, ptrdiff_t a_cs, const float *b,
+                      ptrdiff_t b_rs, ptrdiff_t b_cs, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K, int add, const float *bias,
+                      float *scratch) {
+#ifdef HAVE_DOT
+    gemm_any(PAIRS, c, ldc, a, a_rs, a_cs, b, b_rs, b_cs, M, N, K, add, bias, scratch);
+#else
+    gemm_any(ROUNDED, c, ldc, a, a_rs, a_cs, b, b_rs, b_cs, M, N, K, add, bias, scratch);
+#endif
 }
 
 /* out[j] = dot(x, w_j) + bias[j] for n rows w_j of length K, ldw apart: a matrix of one row times a

@@ -16,7 +16,11 @@ const Kernels JOIN(kernels_, ISA_NAME) = {
     .tile_rows = MR,
     .tile_columns = NR,
     .gemm_scratch = GEMM_SCRATCH,
+#ifdef HAVE_DOT
+    .has_dot = 1,
+#endif
     .gemm = gemm,
+    .gemm_bf16 = gemm_bf16,
     .dot_rows = dot_rows,
     .layernorm_row = layernorm_row,
     .layernorm_backward_row = layernorm_backward_row,

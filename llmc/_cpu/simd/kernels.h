@@ -12,14 +12,17 @@ typedef struct AdamW {
     float lr, beta1, one_minus_beta1, correction1, beta2, one_minus_beta2, correction2, eps, decay, scale;
 } AdamW;
 
+typedef void Gemm(float *c, ptrdiff_t ldc, const float *a, ptrdiff_t a_rs, ptrdiff_t a_cs, const float *b,
+                  ptrdiff_t b_rs, ptrdiff_t b_cs, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K, int add, const float *bias,
+                  float *scratch);
+
 typedef struct Kernels {
     const char *name;
     int tile_rows, tile_columns;
+    int has_dot;            /* whether gemm_bf16 multiplies pairs; else it rounds, and multiplies in fp32 */
     ptrdiff_t gemm_scratch; /* floats */
 
-    void (*gemm)(float *c, ptrdiff_t ldc, const float *a, ptrdiff_t a_rs, ptrdiff_t a_cs, const float *b,
-                 ptrdiff_t b_rs, ptrdiff_t b_cs, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K, int add, const float *bias,
-                 float *scratch);
+    Gemm *gemm, *gemm_bf16;
     void (*dot_rows)(float *out, const float *x, const float *w, ptrdiff_t ldw, ptrdiff_t K, ptrdiff_t n,
                      const float *bias);
 

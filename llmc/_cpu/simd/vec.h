@@ -2,7 +2,7 @@
  *
  * A `vec` holds VL floats, a `vecd` VL/2 doubles (one for the scalar set).  Every vec_<isa>.h defines
  *
- *     VL, MR             lanes; rows of a GEMM tile (the tile is MR x 3 VL)
+ *     VL, MR, NV         lanes; rows of a GEMM tile, and its vectors per row (the tile is MR x NV VL)
  *     v_load v_store     any 4-byte aligned address
  *     v_load_n v_store_n the first n < VL lanes; the rest read as 0 and are never touched in memory
  *     v_set v_add v_sub v_mul v_div v_sqrt
@@ -12,8 +12,15 @@
  *     v_exp2i            2^n for an integral-valued n in [-126, 127]; 0 for n = -127
  *     v_sum v_hmax       across lanes
  *     v_transpose        VL x VL, in place
- *     v_dot(acc, a, b)   where the set has it, and then HAVE_DOT: acc plus the products of two bf16 pairs per lane
+ *     v_round_bf16       lanes rounded to bf16, ties to even; NaN stays NaN
  *     vd_zero vd_sum vd_sqacc(acc, x)   acc += x*x in double, all lanes of x
+ *
+ * and, where the machine multiplies pairs of bf16 numbers, HAVE_DOT; 32-bit lanes then hold a pair, the first in the
+ * low half:
+ *
+ *     v_dot(acc, a, b)   acc + a.low b.low + a.high b.high, per lane
+ *     v_pairs(e, o)      pairs (e[i], o[i]), rounded as above
+ *     v_pairs_along(f, s)  pairs of neighbours: f[0] f[1], f[2] f[3] ... s[VL-2] s[VL-1]
  *
  * What can be said with these alone (v_exp below) is written once, here.
  */
@@ -27,9 +34,9 @@
 #include "vec_scalar.h"
 #elif defined(LLMC_ISA_AVX2)
 #include "vec_avx2.h"
-#elif defined(LLMC_ISA_AVX512)
+#elif defined(LLMC_ISA_AVX512) || defined(LLMC_ISA_AVX512BF16)
 #include "vec_avx512.h"
-#elif defined(LLMC_ISA_NEON)
+#elif defined(LLMC_ISA_NEON) || defined(LLMC_ISA_NEONBF16)
 #include "vec_neon.h"
 #else
 #error "compile kernels.c with -DLLMC_ISA_<NAME>"

@@ -3,7 +3,7 @@
 
 #define ISA_NAME avx2
 #define LLMC_MR 4
-enum { VL = 8, MR = LLMC_MR };
+enum { VL = 8, MR = LLMC_MR, NV = 3 };
 
 typedef __m256 vec;
 typedef __m256d vecd;
@@ -69,4 +69,12 @@ static inline vecd vd_sqacc(vecd acc, vec x) {
 static inline double vd_sum(vecd a) {
     __m128d s = _mm_add_pd(_mm256_castpd256_pd128(a), _mm256_extractf128_pd(a, 1));
     return _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)));
+}
+
+static inline vec v_round_bf16(vec a) {
+    __m256i x = _mm256_castps_si256(a), odd = _mm256_and_si256(_mm256_srli_epi32(x, 16), _mm256_set1_epi32(1));
+    __m256i r = _mm256_add_epi32(x, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
+    __m256i quiet = _mm256_or_si256(x, _mm256_set1_epi32(0x400000));
+    r = _mm256_blendv_epi8(r, quiet, _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)));
+    return _mm256_castsi256_ps(_mm256_and_si256(r, _mm256_set1_epi32((int)0xFFFF0000)));
 }

@@ -1,9 +1,13 @@
-/* AVX-512F + VL + DQ + BW: 16 floats, 32 registers, real masks. */
+/* AVX-512F + VL + DQ + BW: 16 floats, 32 registers, real masks.  With AVX512_BF16 also products of pairs. */
 #include <immintrin.h>
 
+#ifdef LLMC_ISA_AVX512BF16
+#define ISA_NAME avx512bf16
+#else
 #define ISA_NAME avx512
+#endif
 #define LLMC_MR 8
-enum { VL = 16, MR = LLMC_MR };
+enum { VL = 16, MR = LLMC_MR, NV = 3 };
 
 typedef __m512 vec;
 typedef __m512d vecd;
@@ -58,11 +62,6 @@ static inline void v_transpose(vec *r) {
     }
 }
 
-#ifdef __AVX512BF16__
-#define HAVE_DOT
-static inline vec v_dot(vec acc, vec a, vec b) { return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b); }
-#endif
-
 static inline vecd vd_zero(void) { return _mm512_setzero_pd(); }
 static inline vecd vd_sqacc(vecd acc, vec x) {
     vecd lo = _mm512_cvtps_pd(_mm512_castps512_ps256(x));
@@ -70,3 +69,25 @@ static inline vecd vd_sqacc(vecd acc, vec x) {
     return _mm512_fmadd_pd(lo, lo, _mm512_fmadd_pd(hi, hi, acc));
 }
 static inline double vd_sum(vecd a) { return _mm512_reduce_add_pd(a); }
+
+static inline vec v_round_bf16(vec a) {
+    __m512i x = _mm512_castps_si512(a), odd = _mm512_and_si512(_mm512_srli_epi32(x, 16), _mm512_set1_epi32(1));
+    __m512i r = _mm512_add_epi32(x, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+    r = _mm512_mask_or_epi32(r, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), x, _mm512_set1_epi32(0x400000));
+    return _mm512_castsi512_ps(_mm512_and_si512(r, _mm512_set1_epi32((int)0xFFFF0000)));
+}
+
+#ifdef LLMC_ISA_AVX512BF16
+#define HAVE_DOT
+static inline vec v_dot(vec acc, vec a, vec b) {
+    return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b));
+}
+static inline vec v_pairs_along(vec first, vec second) {
+    return _mm512_castsi512_ps((__m512i)_mm512_cvtne2ps_pbh(second, first));
+}
+static inline vec v_pairs(vec even, vec odd) {
+    __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even));
+    __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd));
+    return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+}
+#endif

@@ -1,9 +1,13 @@
-/* AArch64 Advanced SIMD: 4 floats, 32 registers, no masks. */
+/* AArch64 Advanced SIMD: 4 floats, 32 registers, no masks.  With FEAT_BF16 also products of pairs. */
 #include <arm_neon.h>
 
+#ifdef LLMC_ISA_NEONBF16
+#define ISA_NAME neonbf16
+#else
 #define ISA_NAME neon
+#endif
 #define LLMC_MR 8
-enum { VL = 4, MR = LLMC_MR };
+enum { VL = 4, MR = LLMC_MR, NV = 3 };
 
 typedef float32x4_t vec;
 typedef float64x2_t vecd;
@@ -54,3 +58,24 @@ static inline vecd vd_sqacc(vecd acc, vec x) {
     return vfmaq_f64(vfmaq_f64(acc, hi, hi), lo, lo);
 }
 static inline double vd_sum(vecd a) { return vaddvq_f64(a); }
+
+static inline vec v_round_bf16(vec a) {
+    uint32x4_t x = vreinterpretq_u32_f32(a), odd = vandq_u32(vshrq_n_u32(x, 16), vdupq_n_u32(1));
+    uint32x4_t r = vaddq_u32(x, vaddq_u32(odd, vdupq_n_u32(0x7FFF)));
+    r = vbslq_u32(vceqq_f32(a, a), r, vorrq_u32(x, vdupq_n_u32(0x400000)));
+    return vreinterpretq_f32_u32(vandq_u32(r, vdupq_n_u32(0xFFFF0000)));
+}
+
+#ifdef LLMC_ISA_NEONBF16
+#define HAVE_DOT
+static inline vec v_dot(vec acc, vec a, vec b) {
+    return vbfdotq_f32(acc, vreinterpretq_bf16_f32(a), vreinterpretq_bf16_f32(b));
+}
+static inline vec v_pairs_along(vec first, vec second) {
+    return vreinterpretq_f32_bf16(vcvtq_high_bf16_f32(vcvtq_low_bf16_f32(first), second));
+}
+static inline vec v_pairs(vec even, vec odd) {
+    uint32x4_t low = vshrq_n_u32(vreinterpretq_u32_f32(v_round_bf16(even)), 16);
+    return vreinterpretq_f32_u32(vorrq_u32(vreinterpretq_u32_f32(v_round_bf16(odd)), low));
+}
+#endif

@@ -4,7 +4,7 @@
 
 #define ISA_NAME scalar
 #define LLMC_MR 4
-enum { VL = 1, MR = LLMC_MR };
+enum { VL = 1, MR = LLMC_MR, NV = 3 };
 
 typedef float vec;
 typedef double vecd;
@@ -42,3 +42,12 @@ static inline void v_transpose(vec *rows) { (void)rows; }
 static inline vecd vd_zero(void) { return 0.0; }
 static inline vecd vd_sqacc(vecd acc, vec x) { return acc + (double)x * (double)x; }
 static inline double vd_sum(vecd a) { return a; }
+
+static inline vec v_round_bf16(vec a) {
+    uint32_t bits;
+    memcpy(&bits, &a, sizeof bits);
+    bits = a != a ? bits | 0x400000u : bits + 0x7FFFu + (bits >> 16 & 1u);
+    bits &= 0xFFFF0000u;
+    memcpy(&a, &bits, sizeof a);
+    return a;
+}

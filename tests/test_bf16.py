@@ -1,0 +1,213 @@
+"""Matrix products of operands rounded to bf16, and what that leaves of a model's gradients.
+
+Where the inputs are bf16 numbers already, rounding them changes nothing and the bounds of fp32 hold: so the shapes of
+test_linear.py and test_attention.py run again here.  Rounding itself is tested to the bit, by products with one.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import ml_dtypes
+import numpy as np
+import pytest
+import reference
+from guard import Array, blank, check, floats
+from numpy.random import Generator
+from test_attention import HEAVY as HEAVY_ATTENTION
+from test_attention import SHAPES as ATTENTION
+from test_attention import backward_bound, forward_bounds, join, split, weights
+from test_gpt2 import batch, build, gradients, norm_ratio
+from test_linear import HEAVY, SHAPES, backward_bounds, product_bound
+
+from llmc import gpt2
+from llmc.adamw import AdamW
+from llmc.stories import Stories
+
+BF16 = 2.0**-8  # relative error of a number rounded to bf16, which has eight significant bits
+FEW_ROWS = 4  # up to here products may keep fp32 operands
+
+
+def rounded(x: Array) -> Array:
+    """x as bf16 holds it, in float32; NumPy's own type does the rounding."""
+    return x.astype(ml_dtypes.bfloat16).astype(np.float32)
+
+
+def numbers(rng: Generator, *shape: int) -> Array:
+    return rounded(floats(rng, *shape))
+
+
+# ---- rounding --------------------------------------------------------------------------------------
+
+
+def hard_numbers(rng: Generator) -> Array:
+    """Ties both ways, neighbours of ties, carries into the exponent, the largest, zeros, infinities and NaN."""
+    top = rng.integers(0x0100, 0x7F00, 400).astype(np.uint32) << 16
+    low = np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)
+    bits = (top[:, None] | low).ravel()
+    edges = np.array([0, 0x3F7FFFFF, 0x3FFFFFFF, 0x7F7F7FFF, 0x7F7F8000, 0x7F7FFFFF, 0x7F800000, 0x7FC00000], np.uint32)
+    bits = np.concatenate([bits, edges])
+    return np.concatenate([bits, bits | 0x80000000]).astype(np.uint32).view(np.float32)
+
+
+@pytest.mark.parametrize("which", ["x", "w", "dout"])
+@pytest.mark.parametrize("rows", [FEW_ROWS + 1, 64])
+def test_rounding(ops_bf16: ModuleType, rng: Generator, which: str, rows: int) -> None:
+    """Every operand of the three products, through each way of packing it, is rounded to nearest, ties to even.
+
+    A product with a unit vector gives the number back; the sums' other terms are zeros (of either sign).
+    """
+    values = hard_numbers(rng)
+    values = values[np.isfinite(values)]
+    n = len(values) // rows * rows
+    table = values[:n].reshape(rows, -1)
+    width = table.shape[1]
+    expected = rounded(table)
+    expected[~np.isfinite(expected)] = np.inf * np.sign(table[~np.isfinite(expected)])
+    found, finite = blank(1, *table.shape), np.isfinite(expected)
+    table = np.where(finite, table, 0.0).astype(np.float32)  # inf times the zeros beside it would be NaN
+    expected = np.where(finite, expected, 0.0)
+    if which == "x":
+        ops_bf16.linear_forward(found, table[None].copy(), np.eye(width, dtype=np.float32), None)
+        np.testing.assert_array_equal(found[0], expected)
+        return
+    if which == "w":  # w is (rows, width); x the unit rows
+        out = blank(1, width, rows)
+        ops_bf16.linear_forward(out, np.eye(width, dtype=np.float32)[None].copy(), table, None)
+        np.testing.assert_array_equal(out[0].T, expected)
+    # dx = dout w and dw = dout^T x
+    unit = np.eye(width, dtype=np.float32)
+    dx, dw = blank(1, rows, width), blank(width, width)
+    ops_bf16.linear_backward(dx, dw, None, table[None].copy(), blank(1, rows, width), unit, False)
+    np.testing.assert_array_equal(dx[0], expected)
+    eye = np.eye(rows, dtype=np.float32)
+    dx, dw = blank(1, rows, rows), blank(width, rows)
+    ops_bf16.linear_backward(dx, dw, None, table[None].copy(), eye[None].copy(), blank(width, rows), False)
+    np.testing.assert_array_equal(dw.T, expected)
+    dx, dw = blank(1, rows, width), blank(rows, width)
+    ops_bf16.linear_backward(dx, dw, None, eye[None].copy(), table[None].copy(), table, False)
+    np.testing.assert_array_equal(dx[0], expected)
+    np.testing.assert_array_equal(dw, expected)
+
+
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, 3.4e38])
+def test_what_is_not_finite_stays_so(ops_bf16: ModuleType, bad: float) -> None:
+    """A number beyond bf16's largest becomes infinite; NaN with any payload stays NaN."""
+    x, w = np.ones((1, 9, 33), np.float32), np.ones((17, 33), np.float32)
+    x[0, 3, 32] = bad
+    x[0, 5, 0] = np.array([0x7F800001], np.uint32).view(np.float32)[0]  # a NaN that truncation would make infinite
+    out = blank(1, 9, 17)
+    ops_bf16.linear_forward(out, x, w, None)
+    assert not np.isfinite(out[0, 3]).any() and np.isnan(out[0, 5]).all()
+    assert (np.delete(out[0], (3, 5), axis=0) == 33).all()
+
+
+def test_it_is_not_fp32(ops_bf16: ModuleType, rng: Generator) -> None:
+    """The switch does something, in every op with a product."""
+    for op, make in {
+        "linear_forward": lambda: (blank(1, 8, 9), floats(rng, 1, 8, 7), floats(rng, 9, 7), None),
+        "attention_forward": lambda: (blank(1, 8, 8), blank(1, 2, 8), floats(rng, 1, 8, 24)),
+        "head_logits": lambda: (blank(1, 8, 9), floats(rng, 1, 8, 7), floats(rng, 9, 7), 9),
+    }.items():
+        values = make()
+        results = []
+        for dtype in ("fp32", "bf16"):
+            ops_bf16.configure(isa=ops_bf16.info()["isa"], threads=2, dtype=dtype)
+            getattr(ops_bf16, op)(*values)
+            results.append(values[0].copy())
+        difference = np.abs(results[0] - results[1]).max() / np.abs(results[0]).max()
+        assert 1e-5 < difference < 0.02, op
+
+
+# ---- the shapes of fp32 ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("B, T, K, N", SHAPES + HEAVY)
+def test_linear_forward(ops_bf16: ModuleType, rng: Generator, B: int, T: int, K: int, N: int, bias: bool) -> None:
+    x, w, b = numbers(rng, B, T, K), numbers(rng, N, K), floats(rng, N) if bias else None
+    check(ops_bf16, "linear_forward", (blank(B, T, N), x, w, b), {"out": product_bound(x, w, b)})
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("B, T, K, N", SHAPES + HEAVY)
+def test_linear_backward(
+    ops_bf16: ModuleType, rng: Generator, B: int, T: int, K: int, N: int, accumulate: bool
+) -> None:
+    x, w, dout = numbers(rng, B, T, K), numbers(rng, N, K), numbers(rng, B, T, N)
+    dw, db = floats(rng, N, K), floats(rng, N)
+    bounds = backward_bounds(dw, db, dout, x, w, accumulate)
+    check(ops_bf16, "linear_backward", (blank(B, T, K), dw, db, dout, x, w, accumulate), bounds)
+
+
+@pytest.mark.parametrize("B, T, H, width", ATTENTION + HEAVY_ATTENTION)
+def test_attention_forward(ops_bf16: ModuleType, rng: Generator, B: int, T: int, H: int, width: int) -> None:
+    """Beside fp32's errors, each weight is rounded once before it meets its value."""
+    C = H * width
+    qkv = numbers(rng, B, T, 3 * C)
+    q, k, v = (split(part, H) for part in np.split(qkv, 3, axis=-1))
+    out, lse = forward_bounds(q, k, v, 0)
+    out += BF16 * join(weights(q, k, 0)[2] @ np.abs(v))
+    check(ops_bf16, "attention_forward", (blank(B, T, C), blank(B, H, T), qkv), {"out": out, "lse": lse})
+
+
+@pytest.mark.parametrize("B, T, H, width", ATTENTION + HEAVY_ATTENTION)
+def test_attention_backward(ops_bf16: ModuleType, rng: Generator, B: int, T: int, H: int, width: int) -> None:
+    """P is rounded before dV = P^T dO, dS before dQ = dS K and dK = dS^T Q."""
+    C = H * width
+    qkv, dout = numbers(rng, B, T, 3 * C), numbers(rng, B, T, C)
+    out, lse = blank(B, T, C), blank(B, H, T)
+    reference.attention_forward(out, lse, qkv)
+    q, k, v = (split(part, H) for part in np.split(qkv, 3, axis=-1))
+    p, do, o = weights(q, k, 0)[2], split(dout, H), split(out, H)
+    ds = np.abs(p * (do @ v.swapaxes(-1, -2) - (do * o).sum(axis=-1, keepdims=True))) / np.sqrt(width)
+    parts = ds @ np.abs(k), ds.swapaxes(-1, -2) @ np.abs(q), p.swapaxes(-1, -2) @ np.abs(do)
+    bound = backward_bound(dout, qkv, out, lse) + BF16 * np.concatenate([join(part) for part in parts], axis=-1)
+    check(ops_bf16, "attention_backward", (blank(B, T, 3 * C), dout, qkv, out, lse), {"dqkv": bound})
+
+
+# ---- the model -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", ["raw", "perturbed"])
+def test_gradients(ops_bf16: ModuleType, state: str) -> None:
+    """Each gradient tensor within 2e-2 of float64's, by relative norm: the project's goal."""
+    model, judge = build(ops_bf16, state), build(reference, state, dtype="float64")
+    x, y = batch()
+    losses = []
+    for each in (model, judge):
+        losses.append(each.forward(x, y))
+        each.backward(x)
+    assert abs(losses[0] - losses[1]) < 2e-2 * losses[1]
+    worst = {name: norm_ratio(gradient, gradients(judge)[name]) for name, gradient in gradients(model).items()}
+    assert max(worst.values()) < 2e-2, worst
+    assert max(worst.values()) > 1e-4, "bf16 was not in use"
+
+
+@pytest.mark.heavy
+def test_training_keeps_up_with_fp32(cpu: ModuleType) -> None:
+    """Over 400 steps on fresh data the mean of the last 50 losses is within 0.5 % of fp32's.
+
+    At this learning rate the curve is smooth and bf16 stays within 0.03 %; at ten times as much it falls so steeply
+    that two runs of any kind drift apart by more than the limit.
+    """
+    config = gpt2.Config(max_seq_len=64, vocab_size=Stories.vocab_size, num_layers=3, num_heads=3, channels=96)
+    means = {}
+    for dtype in ("fp32", "bf16"):
+        cpu.configure(isa=cpu.info()["isa"], threads=2, dtype=dtype)
+        model = gpt2.GPT2(config, cpu)
+        model.initialise(seed=3)
+        model.prepare(8, 64)
+        assert model.grads is not None
+        optimizer = AdamW(model.params.table, model.params, model.grads, cpu, beta2=0.95, weight_decay=0.1)
+        data, losses = Stories(8, 64, seed=1, split="train"), []
+        for step in range(400):
+            x, y = data.next()
+            losses.append(model.forward(x, y))
+            model.backward(x)
+            norm = cpu.global_norm(model.grads.flat)
+            optimizer.step(3e-4 * min(1.0, (step + 1) / 40), min(1.0, 1.0 / norm))
+        means[dtype] = float(np.mean(losses[-50:]))
+    assert means["fp32"] < 1.5, "it learns"
+    assert means["bf16"] != means["fp32"]
+    assert abs(means["bf16"] / means["fp32"] - 1) < 0.005, means
