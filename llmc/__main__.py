@@ -21,6 +21,7 @@ from llmc.errors import ConfigError, LlmcError
 
 if TYPE_CHECKING:
     from llmc.datasets import Prepared
+    from llmc.training import TrainConfig
 
 STORIES_FOLDER = "runs/stories"  # where the recipe `stories` leaves its model
 
@@ -52,6 +53,7 @@ BATCHES = (
     Option("total_batch", "d", int, "N", "tokens per update, by accumulation; 0: batch size times sequence length (0)"),
     Option("steps", "x", int, "N", "updates; -1: once through the training data (100)"),
     Option("overfit", "a", int, "0|1", "the first batch again and again (0)", (0, 1)),
+    Option("recompute", "r", str, "NAME", "less memory, more time: none, gelu, gelu+norm or block (none)"),
 )
 OPTIMISER = (
     Option("lr", "l", float, "X", "largest learning rate (0.0003)"),
@@ -124,6 +126,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--profile", action="store_true", help="at the end, show where the time went, op by op, against measured peaks"
     )
+    train.add_argument("--dry-run", action="store_true", help="show what memory the run would take, and do nothing")
     for title, options in TRAIN_OPTIONS:
         _add_options(train.add_argument_group(title), options)
 
@@ -307,6 +310,8 @@ def _train(args: argparse.Namespace) -> int:
     elif "train_data" not in flags and flags.get("init", "stories") == "stories":
         base = recipes.load("stories", types)
     config = training.TrainConfig(**{**base, **flags})
+    if args.dry_run:
+        return _dry_run(config)
 
     with display.Display(config, sys.stdout) as shown, _Interrupt() as interrupt:
         if config.out and os.path.exists(os.path.join(config.out, "model.safetensors")):
@@ -323,6 +328,14 @@ def _train(args: argparse.Namespace) -> int:
             shown.line(f"to see it write: llmc sample --model {config.out}")
         else:
             shown.line("the model was not saved: --out DIR would")
+    return 0
+
+
+def _dry_run(config: TrainConfig) -> int:
+    from llmc import memory, training
+
+    display.print_memory(sys.stdout, training.memory_plan(config), memory.machine())
+    training.require_memory(config)
     return 0
 
 

@@ -2,7 +2,8 @@
 
 A table of `Row`s says what lies in an arena; `Arena(table, empty)` makes a single allocation for all of
 it.  `arena.wte` (or `arena["wte"]`) is a view of one tensor, `arena.layer(l)` a namespace with layer l's
-slice of every stacked tensor.  Views are made once, so the training loop allocates nothing.
+slice of every stacked tensor, and the single ones, which all layers share.  Views are made once, so the
+training loop allocates nothing.
 """
 
 from __future__ import annotations
@@ -77,9 +78,10 @@ class Arena:
             self._views[row.name] = raw.view(row.dtype).reshape(row.full_shape)
             offset += _aligned(row.nbytes)
         depth = max((row.layers for row in self.table), default=0)
+        single = {row.name: self[row.name] for row in self.table if not row.layers}
         self._layers = [
-            SimpleNamespace(**{row.name: self[row.name][layer] for row in self.table if layer < row.layers})
-            for layer in range(depth)
+            SimpleNamespace(**single, **{row.name: self[row.name][i] for row in self.table if i < row.layers})
+            for i in range(depth)
         ]
 
     @property
@@ -91,7 +93,7 @@ class Arena:
         return self.buffer.view(dtypes.pop())
 
     def layer(self, index: int) -> SimpleNamespace:
-        """Layer `index`'s view of every stacked tensor, by name."""
+        """Layer `index`'s view of every stacked tensor, and every single tensor whole, by name."""
         return self._layers[index]
 
     def __getitem__(self, name: str) -> Array:

@@ -383,6 +383,12 @@ class Shards:
         self._batch += 1
         return tokens[:-1].reshape(self.B, self.T), tokens[1:].reshape(self.B, self.T)
 
+    @staticmethod
+    def nbytes(patterns: PathLike | Iterable[PathLike], B: int, T: int, *, shuffle: bool = False) -> tuple[int, int]:
+        """Bytes of one batch, and of the order of the longest shard's windows, from the headers alone."""
+        longest = max(read_header(path).tokens for path in find_shards(patterns))
+        return 4 * (B * T + 1), 8 * ((longest - 1) // (B * T)) if shuffle else 0
+
     def state(self) -> dict[str, int | None]:
         """Where the reader stands, in numbers that JSON can hold; `restore` goes back there."""
         return {

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TextIO
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from llmc.memory import Machine, Plan
     from llmc.profiling import Profile
     from llmc.training import Event, Sample, Saved, Started, Step, TrainConfig, Validation
 
@@ -253,6 +254,26 @@ class Transfer:
             return
         self._shown = now
         self._progress.update(self._progress.task_ids[0], completed=done, total=total or None, refresh=True)
+
+
+# ---- llmc train --dry-run --------------------------------------------------------------------------
+
+
+def print_memory(stream: TextIO, plan: Plan, machine: Machine) -> None:
+    """A plan's parts and total in bytes and MiB, and what the machine has."""
+
+    def line(name: str, nbytes: int, note: str = "") -> None:
+        end = f"  {note}" if note else ""
+        print(f"{name:<20}{nbytes:>20,}{nbytes / 2**20:>12,.1f} MiB{end}", file=stream)
+
+    for part in plan.parts:
+        line(*part)
+    line("total", plan.total)
+    print(file=stream)
+    line("machine", machine.total)
+    if machine.limit is not None:
+        line("control group", machine.limit, "the most that this process may have")
+    line("available now", machine.available, "without swapping")
 
 
 # ---- llmc info -------------------------------------------------------------------------------------

@@ -14,13 +14,24 @@ from typing import Any
 
 import numpy as np
 
-from llmc.arena import Arena, Array, Row
+from llmc.arena import Arena, Array, Row, table_nbytes
 from llmc.errors import ConfigError
 from llmc.ops import Ops
 
 LAYERNORM_EPS = 1e-5
 INIT_STD = 0.02
 INIT_CHUNK = 1 << 20  # elements drawn from one counter: fixed, so the values do not depend on threads
+INIT_PIECE = 1 << 14  # of them at a time: what threads free they keep, and larger pieces added 50 MiB to the process
+
+# What the backward pass makes again, by mode: these rows of `activation_rows` exist once and not per layer.  A norm's
+# statistics come with it, so keeping them would save nothing.
+_NORMS = ("ln1", "ln1_mean", "ln1_rstd", "ln2", "ln2_mean", "ln2_rstd")
+RECOMPUTE = {
+    "none": (),
+    "gelu": ("fch_gelu",),
+    "gelu+norm": ("fch_gelu", *_NORMS),
+    "block": ("fch_gelu", *_NORMS, "qkv", "atty", "lse", "middle", "fch"),
+}
 
 
 @dataclass(frozen=True)
@@ -110,33 +121,56 @@ def parameter_rows(config: Config, dtype: str = "float32") -> list[Row]:
     ]
 
 
-def activation_rows(config: Config, B: int, T: int, dtype: str = "float32") -> list[Row]:
-    """What the forward pass keeps, 16 C per token and layer, and the one buffer the backward pass adds.
+def check_recompute(mode: str) -> None:
+    """ConfigError unless `mode` is a key of RECOMPUTE."""
+    if mode not in RECOMPUTE:
+        raise ConfigError("recompute", f"{mode!r} is unknown; choose from {', '.join(RECOMPUTE)}")
+
+
+def activation_rows(
+    config: Config, B: int, T: int, dtype: str = "float32", recompute: str = "none"
+) -> list[Row]:
+    """What the forward pass keeps, and the one buffer the backward pass adds.
 
     `residual` is the stream before each layer (and after the last), `middle` the stream between a
-    layer's two branches.
+    layer's two branches.  Per token and layer 16 C are kept with `recompute` "none", 12 C with "gelu", 10 C with
+    "gelu+norm", C with "block"; what is recomputed has room for one layer.  ConfigError for another mode, or if
+    T exceeds the model's longest sequence.
     """
+    check_recompute(recompute)
+    if T > config.max_seq_len:
+        raise ConfigError("sequence length", f"{T} exceeds the model's {config.max_seq_len}")
     C, L, H = config.channels, config.num_layers, config.num_heads
+
+    def layers(name: str, *shape: int) -> Row:
+        return Row(name, shape, dtype, 0 if name in RECOMPUTE[recompute] else L)
+
     return [
         Row("residual", (B, T, C), dtype, L + 1),
-        Row("ln1", (B, T, C), dtype, L),
-        Row("ln1_mean", (B, T), dtype, L),
-        Row("ln1_rstd", (B, T), dtype, L),
-        Row("qkv", (B, T, 3 * C), dtype, L),
-        Row("atty", (B, T, C), dtype, L),
-        Row("lse", (B, H, T), dtype, L),
-        Row("middle", (B, T, C), dtype, L),
-        Row("ln2", (B, T, C), dtype, L),
-        Row("ln2_mean", (B, T), dtype, L),
-        Row("ln2_rstd", (B, T), dtype, L),
-        Row("fch", (B, T, 4 * C), dtype, L),
-        Row("fch_gelu", (B, T, 4 * C), dtype, L),
+        layers("ln1", B, T, C),
+        layers("ln1_mean", B, T),
+        layers("ln1_rstd", B, T),
+        layers("qkv", B, T, 3 * C),
+        layers("atty", B, T, C),
+        layers("lse", B, H, T),
+        layers("middle", B, T, C),
+        layers("ln2", B, T, C),
+        layers("ln2_mean", B, T),
+        layers("ln2_rstd", B, T),
+        layers("fch", B, T, 4 * C),
+        layers("fch_gelu", B, T, 4 * C),
         Row("lnf", (B, T, C), dtype),
         Row("lnf_mean", (B, T), dtype),
         Row("lnf_rstd", (B, T), dtype),
         Row("losses", (B, T), dtype),
         Row("dresidual", (B, T, C), dtype),
     ]
+
+
+def workspace(config: Config, dtype: str = "float32") -> dict[str, int]:
+    """The arguments of `ops.reserve` for a model of this configuration."""
+    parameters = table_nbytes(parameter_rows(config, dtype)) // np.dtype(dtype).itemsize
+    return {"channels": config.channels, "vocab_size": config.vocab_size, "parameters": parameters}
 
 
 def cache_rows(config: Config, B: int, dtype: str = "float32") -> list[Row]:
@@ -165,20 +199,21 @@ def decode_rows(config: Config, B: int, T: int, dtype: str = "float32") -> list[
 class GPT2:
     """Parameters (zero until `initialise` or a checkpoint fills them) and, after `prepare`, what training needs.
 
-    `dtype` is the storage type of every arena.  `tokenizer` is the caller's to set; the model ignores it.
+    `dtype` is the storage type of every arena, `recompute` the mode that `prepare` was given.  `tokenizer` is
+    the caller's to set; the model ignores it.
     """
 
     def __init__(self, config: Config, ops: Ops, dtype: str = "float32") -> None:
         self.config = config
         self.ops = ops
         self.dtype = dtype
+        self.recompute = "none"
         self.tokenizer: Any = None
         self.params = Arena(parameter_rows(config, dtype), ops.empty)
         self.grads: Arena | None = None
         self.acts: Arena | None = None
         self._scratch: Arena | None = None
-        parameters = self.params.nbytes // self.params.wte.itemsize
-        ops.reserve(channels=config.channels, vocab_size=config.vocab_size, parameters=parameters)
+        ops.reserve(**workspace(config, dtype))
 
     def initialise(self, seed: int) -> None:
         """GPT-2's random initialisation: N(0, 0.02) for matrices, the two projections into the residual
@@ -206,31 +241,42 @@ class GPT2:
         def draw(job: tuple[Array, int, int, float]) -> None:
             chunk, tensor, number, std = job
             generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, number, tensor]))
-            chunk[...] = std * generator.standard_normal(chunk.size, dtype=np.float32)
+            for start in range(0, chunk.size, INIT_PIECE):
+                piece = chunk[start : start + INIT_PIECE]
+                piece[...] = std * generator.standard_normal(piece.size, dtype=np.float32)
 
         with ThreadPoolExecutor() as pool:
             list(pool.map(draw, jobs))
 
-    def prepare(self, B: int, T: int) -> None:
+    def prepare(self, B: int, T: int, recompute: str = "none") -> None:
         """Allocate what training on batches of (B, T) needs, so that the first step allocates nothing.
 
-        ConfigError if T exceeds the model's longest sequence.
+        `recompute`, a key of RECOMPUTE, trades time for memory from now on: what it names is not kept per layer
+        but made again in the backward pass, by the same ops from the same inputs, so gradients are the same
+        bits.  ConfigError for another mode, or if T exceeds the model's longest sequence.
         """
+        check_recompute(recompute)
+        if recompute != self.recompute:
+            self.recompute, self.acts = recompute, None
         self._activations(B, T)
         self._gradients()
 
     def _activations(self, B: int, T: int) -> Arena:
-        if T > self.config.max_seq_len:
-            raise ConfigError("sequence length", f"{T} exceeds the model's {self.config.max_seq_len}")
         if self.acts is None or self.acts.losses.shape != (B, T):
+            rows = activation_rows(self.config, B, T, self.dtype, self.recompute)
             self.acts = None  # freed before its successor is made
-            self.acts = Arena(activation_rows(self.config, B, T, self.dtype), self.ops.empty)
+            self.acts = Arena(rows, self.ops.empty)
         return self.acts
 
     def _gradients(self) -> Arena:
         if self.grads is None:
             self.grads = Arena(parameter_rows(self.config, self.dtype), self.ops.empty)
         return self.grads
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arenas that exist now; the backend's workspace and key-value caches are not counted."""
+        return sum(a.nbytes for a in (self.params, self.grads, self.acts, self._scratch) if a is not None)
 
     @property
     def losses(self) -> Array:
@@ -249,20 +295,25 @@ class GPT2:
 
         ops.embedding_forward(a.residual[0], tokens, p.wte, p.wpe, V, 0)
         for i in range(self.config.num_layers):
-            w, x = p.layer(i), a.layer(i)
-            after = a.layer(i + 1).residual
-            ops.layernorm_forward(x.ln1, x.ln1_mean, x.ln1_rstd, x.residual, w.ln1w, w.ln1b, LAYERNORM_EPS)
-            ops.linear_forward(x.qkv, x.ln1, w.qkvw, w.qkvb)
-            ops.attention_forward(x.atty, x.lse, x.qkv)
-            ops.linear_forward(x.middle, x.atty, w.attprojw, w.attprojb)
-            ops.residual_forward(x.middle, x.residual, x.middle)
-            ops.layernorm_forward(x.ln2, x.ln2_mean, x.ln2_rstd, x.middle, w.ln2w, w.ln2b, LAYERNORM_EPS)
-            ops.linear_gelu_forward(x.fch_gelu, x.fch, x.ln2, w.fcw, w.fcb)
-            ops.linear_forward(after, x.fch_gelu, w.fcprojw, w.fcprojb)
-            ops.residual_forward(after, x.middle, after)
+            self._layer_forward(a, i)
         final = a.layer(self.config.num_layers).residual
         ops.layernorm_forward(a.lnf, a.lnf_mean, a.lnf_rstd, final, p.lnfw, p.lnfb, LAYERNORM_EPS)
         return a
+
+    def _layer_forward(self, a: Arena, i: int, output: bool = True) -> None:
+        """Layer i, from residual[i] to residual[i + 1]; without `output` only as far as its backward pass reads."""
+        ops, w, x = self.ops, self.params.layer(i), a.layer(i)
+        ops.layernorm_forward(x.ln1, x.ln1_mean, x.ln1_rstd, x.residual, w.ln1w, w.ln1b, LAYERNORM_EPS)
+        ops.linear_forward(x.qkv, x.ln1, w.qkvw, w.qkvb)
+        ops.attention_forward(x.atty, x.lse, x.qkv)
+        ops.linear_forward(x.middle, x.atty, w.attprojw, w.attprojb)
+        ops.residual_forward(x.middle, x.residual, x.middle)
+        ops.layernorm_forward(x.ln2, x.ln2_mean, x.ln2_rstd, x.middle, w.ln2w, w.ln2b, LAYERNORM_EPS)
+        ops.linear_gelu_forward(x.fch_gelu, x.fch, x.ln2, w.fcw, w.fcb)
+        if output:
+            after = a.layer(i + 1).residual
+            ops.linear_forward(after, x.fch_gelu, w.fcprojw, w.fcprojb)
+            ops.residual_forward(after, x.middle, after)
 
     def forward(self, tokens: Array, targets: Array, *, scale: float | None = None, accumulate: bool = False) -> float:
         """Mean loss over tokens, targets (B, T) int32, and the head's backward with it.
@@ -311,6 +362,7 @@ class GPT2:
         ops.layernorm_backward(dresidual, g.lnfw, g.lnfb, a.lnf, final, a.lnf_mean, a.lnf_rstd, p.lnfw, acc)
         for i in reversed(range(self.config.num_layers)):
             w, d, x = p.layer(i), g.layer(i), a.layer(i)
+            self._layer_again(a, i)
             datty = x.ln2
             dqkv = x.fch.reshape(-1)[: x.qkv.size].reshape(x.qkv.shape)
             ops.linear_backward(x.fch_gelu, d.fcprojw, d.fcprojb, dresidual, x.fch_gelu, w.fcprojw, acc)
@@ -326,6 +378,19 @@ class GPT2:
             )
         ops.embedding_backward(g.wte, g.wpe, dresidual, tokens, acc)
 
+    def _layer_again(self, a: Arena, i: int) -> None:
+        """Make again what `forward` has not kept of layer i."""
+        if i == self.config.num_layers - 1:
+            return  # nothing has written over the last layer's
+        ops, w, x = self.ops, self.params.layer(i), a.layer(i)
+        if self.recompute == "block":
+            self._layer_forward(a, i, output=False)
+        if self.recompute in ("gelu", "gelu+norm"):
+            ops.gelu_forward(x.fch_gelu, x.fch)
+        if self.recompute == "gelu+norm":
+            ops.layernorm_forward(x.ln1, x.ln1_mean, x.ln1_rstd, x.residual, w.ln1w, w.ln1b, LAYERNORM_EPS)
+            ops.layernorm_forward(x.ln2, x.ln2_mean, x.ln2_rstd, x.middle, w.ln2w, w.ln2b, LAYERNORM_EPS)
+
     # ---- decode ------------------------------------------------------------------------------------
 
     def new_cache(self, B: int = 1) -> Arena:
@@ -340,6 +405,7 @@ class GPT2:
         """
         B, T = tokens.shape
         if self._scratch is None or self._scratch.mean.shape != (B, T):
+            self._scratch = None  # freed before its successor is made
             self._scratch = Arena(decode_rows(self.config, B, T, self.dtype), self.ops.empty)
         ops, p, s, V = self.ops, self.params, self._scratch, self.config.vocab_size
 

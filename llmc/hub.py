@@ -33,8 +33,11 @@ class _Unreachable(DownloadError):
     """The hub cannot be asked, and there is no copy."""
 
 
-def fetch(name: str, *, revision: str = "main", cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """The local folder of the model `name` ("owner/model"), downloaded unless it is in the cache.
+def fetch(
+    name: str, *, revision: str = "main", cache_dir: str | os.PathLike[str] | None = None, weights: bool = True
+) -> Path:
+    """The local folder of the model `name` ("owner/model"), downloaded unless it is in the cache; without
+    `weights` only its config.json.
 
     Every file comes from the one commit that `revision` names when the download begins.  Raises
     ConfigError for what cannot be a name, MissingDependencyError without huggingface_hub, DownloadError
@@ -50,6 +53,8 @@ def fetch(name: str, *, revision: str = "main", cache_dir: str | os.PathLike[str
 
     config = get(CONFIG, revision)
     folder, commit = config.parent, config.parent.name  # .../snapshots/<commit>/config.json
+    if not weights:
+        return folder
     try:
         get(WEIGHTS, commit)
     except _Absent as error:

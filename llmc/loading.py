@@ -71,8 +71,25 @@ def is_preset(name: str) -> bool:
     return (name in PRESETS and name not in HUB_NAMES) or re.fullmatch(r"d[0-9]+", name) is not None
 
 
-def locate(name: str) -> Path:
-    """The local file or folder that a source other than a preset stands for, fetched if need be."""
+def read_config(source: PathLike) -> Config:
+    """The configuration of the model that `load` would give, without its weights: from the name, a `.bin`'s header
+    or a folder's config.json.
+
+    GPT-2's four published sizes need no network; of another "owner/model" the config.json alone is fetched.
+    Errors as those of `load`.
+    """
+    name = os.fspath(source)
+    if is_preset(name) or (name in HUB_NAMES and not Path(name).exists()):
+        return preset(name)
+    path = locate(name, weights=False)
+    if path.is_dir():
+        return config_of(checkpoint.read_folder_config(path)[0])
+    return config_of(_read_header(path))
+
+
+def locate(name: str, weights: bool = True) -> Path:
+    """The local file or folder that a source other than a preset stands for, fetched if need be; without `weights`
+    only the config.json of an "owner/model"."""
     path = Path(name).expanduser()
     if name and path.exists():  # Path("") would be the current folder
         return path
@@ -84,7 +101,7 @@ def locate(name: str) -> Path:
             raise type(error)(f"{error}; {random!r} is the same architecture with random weights") from error
     if re.fullmatch(r"[^/\\.~][^/\\]*/[^/\\]+", name) and not name.endswith((".bin", ".safetensors")):
         if not Path(name).parent.is_dir():  # else it is rather a slip in a path
-            return hub.fetch(name)
+            return hub.fetch(name, weights=weights)
     if re.search(r"[/\\.]", name):
         raise FileFormatError(name, "file", "does not exist")
     ours = ", ".join(known for known in PRESETS if known not in HUB_NAMES)
@@ -95,10 +112,14 @@ def locate(name: str) -> Path:
     )
 
 
-def _from_file(path: Path, ops: Ops) -> GPT2:
+def _read_header(path: Path) -> Dimensions:
     if path.suffix == ".safetensors":
         raise FileFormatError(path, "file", "give the folder that holds it and config.json")
-    _, dimensions = checkpoint.read_model_header(path, rows_for)
+    return checkpoint.read_model_header(path, rows_for)[1]
+
+
+def _from_file(path: Path, ops: Ops) -> GPT2:
+    dimensions = _read_header(path)
     model = GPT2(config_of(dimensions), ops)
     checkpoint.read_model(path, dimensions, model.params)
     model.tokenizer = _tokenizer_or_none(TOKENIZERS.get(model.config.vocab_size))

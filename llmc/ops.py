@@ -56,6 +56,12 @@ class Ops(Protocol):
         `global_norm` will be given.  Calling it again enlarges the workspace, never shrinks it.
         """
 
+    def workspace_nbytes(self, channels: int, vocab_size: int, parameters: int) -> dict[str, int]:
+        """Bytes of the workspace that `reserve` would make with the same arguments, by part; allocates nothing.
+
+        "shared" is one buffer for all threads, "threads" what they have of their own, all together.
+        """
+
     # ---- embedding ---------------------------------------------------------------------------------
 
     def embedding_forward(self, out: Array, tokens: Array, wte: Array, wpe: Array, V: int, position: int) -> None:

@@ -9,9 +9,9 @@ from typing import Protocol
 
 import numpy as np
 
-from llmc.arena import Arena, Array
+from llmc.arena import Arena, Array, table_nbytes
 from llmc.errors import ConfigError, DivergenceError
-from llmc.gpt2 import GPT2
+from llmc.gpt2 import GPT2, Config, cache_rows, decode_rows
 
 
 class Decoder(Protocol):
@@ -61,6 +61,13 @@ def stream(
     return _stream(model, prompt, max_new_tokens, temperature, top_k, random, stop)
 
 
+def nbytes(config: Config, max_new_tokens: int, dtype: str = "float32") -> tuple[int, int]:
+    """Bytes of the cache and of the most scratch that `stream` needs for so many tokens after a prompt of one."""
+    window = config.max_seq_len
+    longest = 1 if max_new_tokens <= window else max(1, window - 1)  # a fresh window leaves room for a token
+    return table_nbytes(cache_rows(config, 1, dtype)), table_nbytes(decode_rows(config, 1, longest, dtype))
+
+
 def end_of_text(model: GPT2) -> int:
     """The token that separates texts: the tokenizer's, else the vocabulary's last, as in GPT-2's."""
     return model.config.vocab_size - 1 if model.tokenizer is None else int(model.tokenizer.eot)
@@ -77,9 +84,9 @@ def _stream(
     for _ in range(count):
         if position + len(new) > window:
             new, position = _fresh_window(history[-window:], eot), 0
-        logits = _decode(model, cache, new, position)
+        # No name for the logits: they would keep the scratch alive when the next call makes another.
+        token = choose(_decode(model, cache, new, position), temperature, top_k, random)
         position += len(new)
-        token = choose(logits, temperature, top_k, random)
         if token == stop:
             return
         yield token

@@ -467,6 +467,11 @@ class Stories:
         self.B, self.T, self.seed, self.split = B, T, seed, split
         self._batch = 0
 
+    @staticmethod
+    def nbytes(B: int, T: int) -> tuple[int, int]:
+        """Bytes of one batch, tokens and targets, and of the order of batches, which is none."""
+        return 2 * 4 * B * T, 0
+
     def reset(self) -> None:
         """Begin again at the first batch."""
         self._batch = 0

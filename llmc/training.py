@@ -14,11 +14,12 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-from llmc import evaluation, gpt2, loading, recipes, sampling, schedule
+from llmc import evaluation, gpt2, loading, memory, recipes, sampling, schedule
+from llmc import ops as contract
 from llmc.adamw import AdamW
 from llmc.data import Shards, find_shards
 from llmc.errors import ConfigError, DivergenceError
@@ -62,6 +63,7 @@ class TrainConfig:
     sample_length: int = 64  # tokens
     overfit: bool = False  # the first batch again and again
     shuffle: bool = False  # the training data's windows in an order drawn from the seed
+    recompute: str = "none"  # what the backward pass makes again, to save memory: a key of gpt2.RECOMPUTE
     dtype: str = "fp32"  # of the operands of matrix products; sums, weights and moments are fp32 always
     device: str = "cpu"
     threads: int = 0  # 0: OMP_NUM_THREADS, else the physical cores
@@ -91,6 +93,7 @@ class TrainConfig:
                 f"{self.batch_size} * {self.sequence_length} = {self.batch_size * self.sequence_length}",
             )
         schedule.check(self.schedule)
+        gpt2.check_recompute(self.recompute)
         if self.dtype not in DTYPES:
             known = ", ".join(DTYPES)
             raise ConfigError("dtype", f"{self.dtype!r} is unknown; choose from {known}")
@@ -202,7 +205,8 @@ def train(
     Validation and sampling happen when the number of updates done is a multiple of their interval:
     validation at 0 too, and both after the last update only if its count is such a multiple.
 
-    Raises ConfigError or another LlmcError before the first update for whatever cannot work;
+    Raises ConfigError or another LlmcError before the first update for whatever cannot work, and before anything
+    is allocated where the machine has less memory than the run takes (`memory_plan`);
     DivergenceError when a loss or a norm is not finite.  That update is not applied, and the model in
     `config.out`, if there was one, is left as it was.
     """
@@ -213,6 +217,7 @@ def train(
 
 def _run(config: TrainConfig, model: GPT2 | None, stop: Callable[[], bool], profile: bool) -> Iterator[Event]:
     _check_inputs(config)
+    require_memory(config, model)
     if model is None:
         model = loading.load(
             config.init, device=config.device, isa=config.isa or None, threads=config.threads or None,
@@ -221,7 +226,7 @@ def _run(config: TrainConfig, model: GPT2 | None, stop: Callable[[], bool], prof
     elif config.dtype != model.ops.info()["dtype"]:
         raise ConfigError("dtype", f"{config.dtype!r}, but the model was loaded with {model.ops.info()['dtype']!r}")
     B, T = config.batch_size, config.sequence_length
-    model.prepare(B, T)
+    model.prepare(B, T, config.recompute)
     data, held_out = _open_data(config, model)
     steps = _steps(config, data)
     assert model.grads is not None and model.acts is not None
@@ -319,6 +324,52 @@ def _sample(config: TrainConfig, model: GPT2, step: int) -> Sample:
 def _require_finite(value: float, what: str, step: int, consequence: str) -> None:
     if not math.isfinite(value):
         raise DivergenceError(f"step {step}: the {what} is {value}; {consequence}")
+
+
+# ---- memory ----------------------------------------------------------------------------------------
+
+
+def memory_plan(config: TrainConfig) -> memory.Plan:
+    """What `train(config)` will allocate, to the byte.
+
+    No arena is made, and of models and token files only headers are read.  Raises the errors of `train`, as far
+    as they show by then.
+    """
+    _check_inputs(config)
+    return _plan(config, loading.read_config(config.init), _backend(config))
+
+
+def require_memory(config: TrainConfig, model: GPT2 | None = None) -> None:
+    """ConfigError, saying what would fit, where this machine has less memory available than `train` will take."""
+    if model is None:
+        ops, shape, dtype, held = _backend(config), loading.read_config(config.init), "float32", 0
+    else:
+        ops, shape, dtype = model.ops, model.config, model.dtype
+        held = model.nbytes + sum(ops.workspace_nbytes(**gpt2.workspace(shape, dtype)).values())
+
+    def make(B: int, recompute: str) -> memory.Plan:
+        return _plan(replace(config, batch_size=B, recompute=recompute, total_batch=0), shape, ops, dtype)
+
+    sequences = config.total_batch // config.sequence_length
+    memory.require(make, config.batch_size, config.recompute, memory.machine(), sequences=sequences, held=held)
+
+
+def _plan(config: TrainConfig, shape: gpt2.Config, ops: contract.Ops, dtype: str = "float32") -> memory.Plan:
+    B, T = config.batch_size, config.sequence_length
+    if config.train_data:
+        batch, order = Shards.nbytes(config.train_data, B, T, shuffle=config.shuffle)
+    else:
+        batch, order = Stories.nbytes(B, T)
+    samples = config.sample_every > 0 and not 0 <= config.steps < config.sample_every
+    return memory.plan(
+        shape, ops, B, T, dtype=dtype, recompute=config.recompute,
+        sample_length=config.sample_length if samples else 0,
+        data=2 * batch + order,  # one batch is still held while the next is read
+    )  # fmt: skip
+
+
+def _backend(config: TrainConfig) -> contract.Ops:
+    return contract.load(config.device, isa=config.isa or None, threads=config.threads or None)
 
 
 # ---- data ------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import pytest
 # Threads that wait must not spin: test machines are shared, and the ops under test are short.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-ISAS = ("scalar", "avx2", "avx512", "avx512bf16", "neon", "neonbf16")
+ISAS = ("scalar", "avx2", "avx512", "avx512bf16", "amx", "neon", "neonbf16")
 
 # What the op tests may need of the workspace: the widest row, the largest vocabulary and tensor in them.
 CHANNELS, VOCABULARY, PARAMETERS = 4096, 8192, 1 << 21

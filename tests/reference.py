@@ -52,6 +52,10 @@ def reserve(channels: int, vocab_size: int, parameters: int) -> None:
     pass
 
 
+def workspace_nbytes(channels: int, vocab_size: int, parameters: int) -> dict[str, int]:
+    return {"shared": 0, "threads": 0}
+
+
 # ---- embedding -------------------------------------------------------------------------------------
 
 

@@ -123,10 +123,11 @@ def test_other_dtypes(dtype: str) -> None:
 
 
 def test_layers(arena: Arena) -> None:
-    """Layer l's slices of the stacked tensors: views, of those that have as many layers."""
+    """Layer l's slices of the stacked tensors, of those that have as many layers, and the single ones: views."""
     for index in range(4):
         layer = arena.layer(index)
-        assert set(vars(layer)) == ({"w", "b", "shallow"} if index < 2 else {"w", "b"})
+        assert set(vars(layer)) == {"wte", "one", "none", "w", "b"} | ({"shallow"} if index < 2 else set())
+        assert layer.wte is arena.wte
         assert layer.w.shape == (2, 3) and layer.b.shape == (17,)
         assert layer.w.flags.c_contiguous
         layer.w[...] = index + 1

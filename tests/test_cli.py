@@ -17,10 +17,11 @@ from typing import Any
 import pytest
 import reference
 
-from llmc import __main__, display, loading, recipes, training
+from llmc import __main__, display, loading, memory, recipes, training
 from llmc.__main__ import main
+from llmc.arena import table_nbytes
 from llmc.data import write_shard
-from llmc.gpt2 import Config
+from llmc.gpt2 import Config, parameter_rows
 from llmc.training import TrainConfig
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
@@ -91,7 +92,7 @@ def test_short_options_are_llmcs() -> None:
         "e": "init", "i": "train_data", "j": "val_data", "o": "out", "b": "batch_size", "t": "sequence_length",
         "d": "total_batch", "x": "steps", "l": "lr", "k": "schedule", "u": "warmup", "q": "final_lr_fraction",
         "c": "weight_decay", "v": "val_every", "m": "val_batches", "s": "sample_every", "g": "sample_length",
-        "a": "overfit",
+        "a": "overfit", "r": "recompute",
     }  # fmt: skip
 
 
@@ -245,6 +246,42 @@ def test_prepared_text(on_numpy: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert status == 0 and "val loss" in out and "perfect" not in out
 
 
+# ---- memory ----------------------------------------------------------------------------------------
+
+
+def test_dry_run(on_numpy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every part in bytes and MiB, their sum, and the machine; nothing is allocated or written."""
+    monkeypatch.setattr(loading, "load", lambda *a, **k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(memory, "machine", lambda: memory.Machine(1 << 30, 1 << 28, 1 << 29))
+    status, out, err = run(f"train {FEW} --dry-run", capsys)
+    assert (status, err) == (0, "") and list(on_numpy.iterdir()) == []
+    rows = re.findall(r"^(\S.*?)  +([\d,]+) +([\d,.]+) MiB(?:  .*)?$", out, re.M)
+    sizes = {name: int(size.replace(",", "")) for name, size, _ in rows}
+    names = list(sizes)
+    assert names[:4] == ["parameters", "gradients", "AdamW m", "AdamW v"]
+    assert names[-4:] == ["total", "machine", "control group", "available now"]
+    assert sizes["parameters"] == table_nbytes(parameter_rows(Config(16, 257, 1, 1, 8)))
+    assert sum(sizes[name] for name in names[:-4]) == sizes["total"]
+    assert [sizes[name] for name in names[-3:]] == [1 << 30, 1 << 29, 1 << 28]
+    assert all(mib.replace(",", "") == f"{sizes[name] / 2**20:.1f}" for name, _, mib in rows)
+
+
+def test_a_machine_that_is_too_small(
+    on_numpy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dry run shows why, the run refuses; both say what would fit, which then runs."""
+    monkeypatch.setattr(memory, "machine", lambda: memory.Machine(1 << 30, 200_000))
+    status, out, err = run(f"train {FEW} -b 24 --dry-run", capsys)
+    message = r"llmc: error: memory: the run needs 0\.\d MiB and 0\.2 MiB are available .* batch_size (\d+)\n"
+    assert status == 1 and "total " in out and re.fullmatch(message, err)
+    again = run(f"train {FEW} -b 24", capsys)
+    assert again == (1, "", err) and list(on_numpy.iterdir()) == []
+    found = re.fullmatch(message, err)
+    assert found is not None
+    assert run(f"train {FEW} -b {found[1]}", capsys)[0] == 0
+    assert run(f"train {FEW} -b {int(found[1]) + 1}", capsys)[0] == 1
+
+
 # ---- errors ----------------------------------------------------------------------------------------
 
 
@@ -260,6 +297,7 @@ def test_errors_are_one_line(on_numpy: Path, capsys: pytest.CaptureFixture[str])
         ("train -t 17", "sequence length: 17 exceeds the model's 16"),
         ("train --out gpt2.bin", "out: gpt2.bin: "),
         ("train --dtype fp16", "dtype: 'fp16' is unknown; choose from fp32, bf16"),
+        ("train --recompute 1", "recompute: '1' is unknown; choose from none, gelu, gelu+norm, block"),
         ("train --schedule x", "schedule: 'x' is unknown; choose from constant, cosine, linear, wsd"),
         ("sample -e stories --temperature -1", "temperature: must be a number from 0 up"),
         ("data text", "file: which text?"),

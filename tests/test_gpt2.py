@@ -6,7 +6,9 @@ non-zero, outlier channels, large logits (`torch_reference.perturb`).
 
 from __future__ import annotations
 
+from collections import Counter
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ import reference
 
 from llmc import gpt2
 from llmc.adamw import AdamW
-from llmc.arena import Array
+from llmc.arena import Array, table_nbytes
 from llmc.errors import ConfigError
 from llmc.torch_reference import overfit, perturb
 
@@ -227,12 +229,85 @@ def test_presets() -> None:
             gpt2.preset(name)
 
 
-def test_activation_memory_is_sixteen_channels_per_layer() -> None:
-    config, shape = gpt2.Config(), (4, 1024)
-    rows = {row.name: row for row in gpt2.activation_rows(config, *shape)}
-    kept = ("ln1", "qkv", "atty", "middle", "ln2", "fch", "fch_gelu", "residual")
-    per_layer = sum(rows[name].size for name in kept) - 4 * 1024 * 768  # residual has one entry more
-    assert per_layer == 16 * 768 * 4 * 1024 * 12
+@pytest.mark.parametrize("mode", ["gelu", "gelu+norm", "block"])
+def test_recompute_gives_the_same_bits(ops: ModuleType, mode: str) -> None:
+    """Losses, gradients and, after three accumulated updates, weights: those of "none", from fewer bytes."""
+    config = gpt2.Config(max_seq_len=150, vocab_size=300, num_layers=3, num_heads=4, channels=64)
+    results = []
+    for recompute in ("none", mode):
+        model = build(ops, "perturbed", config)
+        x, y = batch(config, (3, 150))
+        model.prepare(*x.shape, recompute=recompute)
+        optimizer = optimizer_for(model)
+        assert model.grads is not None
+        seen: list[object] = []
+        for _ in range(3):
+            for micro in range(2):
+                seen.append(model.forward(x, y, accumulate=micro > 0))
+                model.backward(x, accumulate=micro > 0)
+                seen.append(model.grads.buffer.tobytes())
+            optimizer.step(1e-3)
+            seen += [model.loss(y, x), model.params.buffer.tobytes()]
+        results.append(seen)
+    assert results[0] == results[1]
+
+
+def test_recompute_is_changed_by_preparing_again(cpu: ModuleType) -> None:
+    """And stays for batches of other shapes."""
+    model = build(cpu, "raw")
+    for mode in ("none", "block", "gelu", "none", "gelu+norm", "none"):
+        model.prepare(2, 8, recompute=mode)
+        assert model.acts is not None
+        assert model.acts.table == tuple(gpt2.activation_rows(CONFIG, 2, 8, recompute=mode))
+        if mode == "gelu":
+            for T in (5, 8):
+                model.forward(*batch(shape=(2, T)))
+                assert model.acts.table == tuple(gpt2.activation_rows(CONFIG, 2, T, recompute=mode))
+    with pytest.raises(ConfigError, match="recompute: 'all' is unknown; choose from none, gelu, gelu\\+norm, block"):
+        model.prepare(2, 8, recompute="all")
+    assert model.recompute == "none"
+
+
+def test_what_is_recomputed_costs_its_time_and_no_more(cpu: ModuleType) -> None:
+    """Calls of each op beyond those of "none": the last layer is still there, a block's output is not needed."""
+
+    class Counting:
+        def __init__(self) -> None:
+            self.calls: Counter[str] = Counter()
+
+        def __getattr__(self, name: str) -> Any:
+            self.calls[name] += 1
+            return getattr(cpu, name)
+
+    counts = {}
+    for mode in gpt2.RECOMPUTE:
+        counting = Counting()
+        model = gpt2.GPT2(CONFIG, counting)  # type: ignore[arg-type]
+        x, y = batch()
+        model.prepare(*x.shape, recompute=mode)
+        counting.calls.clear()
+        model.forward(x, y)
+        model.backward(x)
+        counts[mode] = counting.calls
+    again = CONFIG.num_layers - 1
+    assert counts["gelu"] - counts["none"] == {"gelu_forward": again}
+    assert counts["gelu+norm"] - counts["none"] == {"gelu_forward": again, "layernorm_forward": 2 * again}
+    assert counts["block"] - counts["none"] == {
+        "layernorm_forward": 2 * again, "linear_forward": 2 * again, "attention_forward": again,
+        "residual_forward": again, "linear_gelu_forward": again,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("mode", "kept"), [("none", 16), ("gelu", 12), ("gelu+norm", 10), ("block", 1)])
+def test_activation_memory(mode: str, kept: int) -> None:
+    """So many times C per token and layer, and of what is recomputed one layer's worth."""
+    config, B, T = gpt2.Config(), 4, 1024
+    C, H = config.channels, config.num_heads
+    statistics = {"none": H + 4, "gelu": H + 4, "gelu+norm": H, "block": 0}[mode]  # lse; mean and rstd of two norms
+    single = 16 * C + H + 4 - kept * C - statistics
+    # The stream after the last layer, the final norm's output and its gradient; mean, rstd, loss.
+    expected = 4 * B * T * ((kept * C + statistics) * 12 + single + 3 * C + 3)
+    assert table_nbytes(gpt2.activation_rows(config, B, T, recompute=mode)) == expected
 
 
 @pytest.mark.parametrize(

@@ -143,6 +143,13 @@ def test_only_what_matters_is_fetched(server: Hub) -> None:
     assert (folder / "model.safetensors").read_bytes() == server.files["owner/model"]["model.safetensors"]
 
 
+def test_a_configuration_without_its_weights(server: Hub) -> None:
+    """And a later `fetch` brings them."""
+    assert loading.read_config("owner/model") == PRESETS["tiny"]
+    assert {path.name for path in hub.fetch("owner/model", weights=False).iterdir()} == {"config.json"}
+    assert (hub.fetch("owner/model") / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize("source", ["owner/model", "owner/sharded", "gpt2"])
 def test_load_by_name(server: Hub, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

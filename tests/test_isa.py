@@ -78,7 +78,7 @@ def test_the_argument_outweighs_the_environment(cpu: ModuleType) -> None:
 
 def test_best_by_default(cpu: ModuleType) -> None:
     """Without being told, the fastest that this CPU can run."""
-    best_first = ("avx512bf16", "avx512", "avx2", "neonbf16", "neon", "scalar")
+    best_first = ("amx", "avx512bf16", "avx512", "avx2", "neonbf16", "neon", "scalar")
     expected = next(isa for isa in best_first if isa in cpu.isas())
     assert python(SHOW) == expected
     assert python(SHOW, LLMC_ISA="") == expected

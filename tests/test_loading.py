@@ -150,7 +150,7 @@ def test_no_such_source(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, error: type[LlmcError], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(hub, "fetch", lambda name: pytest.fail("asked the hub"))
+    monkeypatch.setattr(hub, "fetch", lambda name, **_: pytest.fail("asked the hub"))
     with pytest.raises(error, match=message):
         load(source)
 
@@ -158,7 +158,7 @@ def test_no_such_source(
 def test_a_slip_in_a_path_does_not_reach_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    monkeypatch.setattr(hub, "fetch", lambda name: pytest.fail("asked the hub"))
+    monkeypatch.setattr(hub, "fetch", lambda name, **_: pytest.fail("asked the hub"))
     with pytest.raises(FileFormatError, match="does not exist"):
         load("runs/missing")
 
@@ -167,7 +167,7 @@ def test_published_names_mean_the_hub(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     folder = write_folder(tmp_path / "cached", hf_tensors(random_model()))
     asked = []
-    monkeypatch.setattr(hub, "fetch", lambda name: asked.append(name) or folder)
+    monkeypatch.setattr(hub, "fetch", lambda name, **_: asked.append(name) or folder)
     assert load("gpt2").config == TINY
     assert load("someone/model").config == TINY
     assert asked == ["openai-community/gpt2", "someone/model"]

@@ -16,14 +16,14 @@ from llmc._cpu.linear import linear_backward, linear_forward, linear_gelu_backwa
 from llmc._cpu.norm import layernorm_backward, layernorm_forward
 from llmc._cpu.optimizer import adamw_step, global_norm
 from llmc._cpu.peak import measure_dot, measure_fma, measure_stream
-from llmc._cpu.workspace import empty, reserve, resize_scratch
+from llmc._cpu.workspace import empty, reserve, resize_scratch, workspace_nbytes
 
 __all__ = [
     "adamw_step", "all_isas", "attention_backward", "attention_decode", "attention_forward", "configure",
     "embedding_backward", "embedding_forward", "empty", "gelu_backward", "gelu_forward", "global_norm",
     "head_logits", "head_loss", "info", "isas", "layernorm_backward", "layernorm_forward", "linear_backward",
     "linear_forward", "linear_gelu_backward", "linear_gelu_forward", "measure_dot", "measure_fma", "measure_stream",
-    "product", "reserve", "residual_forward", "zero",
+    "product", "reserve", "residual_forward", "workspace_nbytes", "zero",
 ]  # fmt: skip
 
 

@@ -1,5 +1,5 @@
 cdef enum:
-    QUERIES = 128  # rows and columns of one block of attention scores
+    QUERIES = 256  # rows and columns of one block of attention scores
     KEYS = 64
     SCORES = QUERIES * KEYS
 

@@ -48,19 +48,29 @@ def resize_scratch(name, threads):
     cdef unsigned char[::1] view
     floats = isa.gemm_scratch(name) + 2 * SCORES
     _stride = -(-floats * 4 // 4096) * 4096  # pages of their own: no two threads share a line
+    if _scratch_owner is not None and _scratch_owner.nbytes == _stride * threads:
+        return
     _scratch_owner = empty((_stride * threads,), np.uint8)
     view = _scratch_owner
     _scratch = <char *> &view[0]
 
 
-def reserve(channels, vocab_size, parameters):
-    global _shared_owner, _shared, _shared_nbytes
-    cdef unsigned char[::1] view
-    nbytes = max(
+def _shared_size(channels, vocab_size, parameters):
+    return max(
         HEAD_CHUNK * vocab_size * 4,
         NORM_CHUNKS * 2 * channels * 4,
         -(-parameters // SUM_CHUNK) * 8,
     )
+
+
+def workspace_nbytes(channels, vocab_size, parameters):
+    return {"shared": _shared_size(channels, vocab_size, parameters), "threads": _scratch_owner.nbytes}
+
+
+def reserve(channels, vocab_size, parameters):
+    global _shared_owner, _shared, _shared_nbytes
+    cdef unsigned char[::1] view
+    nbytes = _shared_size(channels, vocab_size, parameters)
     if nbytes <= _shared_nbytes:
         return
     _shared_owner = empty((nbytes,), np.uint8)

@@ -11,6 +11,22 @@ extern const Kernels kernels_avx512;
 #ifdef LLMC_HAVE_AVX512BF16
 extern const Kernels kernels_avx512bf16;
 #endif
+#ifdef LLMC_HAVE_AMX
+extern const Kernels kernels_amx;
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+/* CPUID says whether there are tiles and their bf16 product, XGETBV whether the system saves them, and the kernel wants
+ * to be asked before a process uses them. */
+static int has_amx(void) {
+    unsigned a, b, c, d, low, high;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return 0;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    if ((low >> 17 & 3) != 3) return 0;
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+}
+#endif
 #ifdef LLMC_HAVE_NEON
 extern const Kernels kernels_neon;
 #endif
@@ -32,7 +48,7 @@ static int has_bf16(void) { return 0; }
 #endif
 
 const IsaEntry *dispatch_table(int *count) {
-    static IsaEntry table[6];
+    static IsaEntry table[8];
     int n = 0;
     table[n++] = (IsaEntry){&kernels_scalar, 1};
     /* __builtin_cpu_supports asks CPUID and, through XGETBV, whether the system saves the registers. */
@@ -46,6 +62,9 @@ const IsaEntry *dispatch_table(int *count) {
     table[n++] = (IsaEntry){&kernels_avx512, avx512};
 #ifdef LLMC_HAVE_AVX512BF16
     table[n++] = (IsaEntry){&kernels_avx512bf16, avx512 && __builtin_cpu_supports("avx512bf16")};
+#endif
+#ifdef LLMC_HAVE_AMX
+    table[n++] = (IsaEntry){&kernels_amx, avx512 && __builtin_cpu_supports("avx512bf16") && has_amx()};
 #endif
 #endif
 #ifdef LLMC_HAVE_NEON

@@ -116,6 +116,10 @@ ALWAYS_INLINE void tile_any(int m, int nv, const ptrdiff_t a_k, const int pairs,
 #undef TILE
 }
 
+#ifdef HAVE_AMX
+#include "amx.h"
+#endif
+
 typedef void Tile(int m, int nv, const float *a, ptrdiff_t a_i, const float *b, ptrdiff_t kc, float *c, ptrdiff_t ldc,
                   ptrdiff_t tail, int add, const float *bias);
 
@@ -127,9 +131,14 @@ typedef void Tile(int m, int nv, const float *a, ptrdiff_t a_i, const float *b, 
     }
 TILE_FUNCTION(tile_rows, 1, 0)     /* A's k are consecutive */
 TILE_FUNCTION(tile_columns, MR, 0) /* A's rows are consecutive: packed */
-#ifdef HAVE_DOT
+#ifdef HAVE_AMX
+enum { MR_PAIRS = AMX_ROWS, DEPTH_PAIRS = AMX_DEPTH };
+#elif defined(HAVE_DOT)
+enum { MR_PAIRS = MR, DEPTH_PAIRS = 1 };
 TILE_FUNCTION(tile_rows_pairs, 1, 1)
 TILE_FUNCTION(tile_columns_pairs, MR, 1)
+#else
+enum { MR_PAIRS = MR, DEPTH_PAIRS = 1 };
 #endif
 
 /* ---- packing ---------------------------------------------------------------------------------------- */
@@ -201,6 +210,24 @@ ALWAYS_INLINE void pack_rows(const Mode mode, float *restrict out, ptrdiff_t ldo
         }
 }
 
+/* Columns of A, contiguous, as rows of words: VL x VL blocks of words are transposed.  For tiles that take rows alone.
+ */
+ALWAYS_INLINE void pack_turned(const Mode mode, float *restrict out, ptrdiff_t ldo, const float *x, ptrdiff_t ld,
+                               ptrdiff_t K, ptrdiff_t m) {
+    const ptrdiff_t step = mode == PAIRS ? 2 : 1;
+    for (ptrdiff_t k = 0; k < K; k += step * VL)
+        for (ptrdiff_t i = 0; i < m; i += VL) {
+            vec block[VL];
+            for (ptrdiff_t w = 0; w < VL; w++) {
+                const float *row = x + (k + w * step) * ld + i;
+                const float *next = step == 2 && k + w * step + 1 < K ? row + ld : NULL;
+                block[w] = k + w * step < K ? words(mode, row, next, m - i) : v_set(0.0f);
+            }
+            v_transpose(block);
+            for (ptrdiff_t r = 0; r < VL && i + r < m; r++) v_store(out + (i + r) * ldo + k / step, block[r]);
+        }
+}
+
 /* ---- the walk --------------------------------------------------------------------------------------- */
 
 /* A rectangle of memory that is asked for ahead of time, a few cache lines at once. */
@@ -231,50 +258,65 @@ ALWAYS_INLINE ptrdiff_t part(ptrdiff_t n, ptrdiff_t most, ptrdiff_t unit) {
 ALWAYS_INLINE void gemm_any(const Mode mode, float *c, ptrdiff_t ldc, const float *a, ptrdiff_t a_rs, ptrdiff_t a_cs,
                             const float *b, ptrdiff_t b_rs, ptrdiff_t b_cs, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K,
                             int add, const float *bias, float *scratch) {
-    const ptrdiff_t per_word = mode == PAIRS ? 2 : 1;
+    const ptrdiff_t per_word = mode == PAIRS ? 2 : 1, tall = mode == PAIRS ? MR_PAIRS : MR;
     /* An A of one row, or of one column, has a stride that means nothing: treat it as rows. */
     const int rows = a_cs == 1;
-#ifdef HAVE_DOT
+#ifdef HAVE_AMX
+    Tile *tile = mode == PAIRS ? tile_amx : rows ? tile_rows : tile_columns;
+    const int turned = mode == PAIRS && !rows;
+    if (mode == PAIRS) amx_begin();
+#elif defined(HAVE_DOT)
     Tile *tile = mode == PAIRS ? (rows ? tile_rows_pairs : tile_columns_pairs) : rows ? tile_rows : tile_columns;
+    const int turned = 0;
 #else
+    const int turned = 0;
     Tile *tile = rows ? tile_rows : tile_columns;
 #endif
-    ptrdiff_t mc = part(M, rows && mode == FP32 ? MC_IN_PLACE : MC, MR), kc = part(K, KC * per_word, 2 * VL);
+    ptrdiff_t mc = part(M, rows && mode == FP32 ? MC_IN_PLACE : MC, tall), kc = part(K, KC * per_word, 2 * VL);
+    /* Panels as equal as whole vectors allow: 64 columns are twice 32, not 48 and a slow 16. */
+    const ptrdiff_t vectors = (N + VL - 1) / VL, panels = (N + NR - 1) / NR;
+    const ptrdiff_t width = panels ? (vectors + panels - 1) / panels * VL : NR;
+    const ptrdiff_t nc_most = NC / NR * width;
     float *packed_a = scratch, *packed_b = scratch + MC * KC;
-    for (ptrdiff_t jc = 0; jc < N; jc += NC) {
-        ptrdiff_t nc = least(NC, N - jc), pc = 0;
+    for (ptrdiff_t jc = 0; jc < N; jc += nc_most) {
+        ptrdiff_t nc = least(nc_most, N - jc), pc = 0;
         do { /* once even where K is 0: C is then the bias, or zero */
             ptrdiff_t depth = least(kc, K - pc), kw = (depth + per_word - 1) / per_word;
+            if (mode == PAIRS) kw = (kw + DEPTH_PAIRS - 1) / DEPTH_PAIRS * DEPTH_PAIRS;
             int add_block = add || pc > 0;
             for (ptrdiff_t ic = 0; ic < M; ic += mc) {
                 ptrdiff_t m = least(mc, M - ic), a_i = kw; /* row i of the block at a_i i, packed or where it lies */
                 const float *block = a + ic * a_rs + pc * a_cs, *lies = packed_a;
-                if (!rows)
+                if (mode == PAIRS && DEPTH_PAIRS > 1) memset(packed_a, 0, (size_t)(m * kw) * sizeof(float));
+                if (turned)
+                    pack_turned(mode, packed_a, kw, block, a_cs, depth, m);
+                else if (!rows)
                     pack_across(mode, MR, packed_a, kw * MR, block, a_cs, depth, m);
                 else if (mode != FP32)
                     pack_rows(mode, packed_a, kw, block, a_rs, depth, m);
                 else
                     lies = block, a_i = a_rs;
-                for (ptrdiff_t j = 0; j < nc; j += NR) {
-                    ptrdiff_t n = least(NR, nc - j), nv = (n + VL - 1) / VL, tail = n - (nv - 1) * VL;
-                    float *panel = M > mc ? packed_b + j * kw : packed_b; /* one block of A: used once */
+                for (ptrdiff_t j = 0; j < nc; j += width) {
+                    ptrdiff_t n = least(width, nc - j), nv = (n + VL - 1) / VL, tail = n - (nv - 1) * VL;
+                    float *panel = M > mc ? packed_b + j / width * NR * kw : packed_b; /* one block of A: used once */
                     const float *bj = b + pc * b_rs + (jc + j) * b_cs;
                     Ahead next = {0};
                     if (ic == 0) {
+                        if (mode == PAIRS && DEPTH_PAIRS > 1) memset(panel, 0, (size_t)(kw * NR) * sizeof(float));
                         if (b_cs == 1)
                             pack_across(mode, NR, panel, 0, bj, b_rs, depth, n);
                         else
                             pack_along(mode, panel, bj, b_cs, depth, n);
-                        if (j + NR < nc) {
-                            ptrdiff_t more = least(NR, nc - j - NR);
-                            next = b_cs == 1 ? (Ahead){(const char *)(bj + NR), b_rs * 4, more * 4, 0, depth}
-                                             : (Ahead){(const char *)(bj + NR * b_cs), b_cs * 4, depth * 4, 0, more};
+                        if (j + width < nc) {
+                            ptrdiff_t more = least(width, nc - j - width);
+                            next = b_cs == 1 ? (Ahead){(const char *)(bj + width), b_rs * 4, more * 4, 0, depth}
+                                             : (Ahead){(const char *)(bj + width * b_cs), b_cs * 4, depth * 4, 0, more};
                         }
                     }
-                    int lines = (int)(next.rows * ((next.bytes + 63) / 64) * MR / m + 1);
-                    for (ptrdiff_t i = 0; i < m; i += MR) {
+                    int lines = (int)(next.rows * ((next.bytes + 63) / 64) * tall / m + 1);
+                    for (ptrdiff_t i = 0; i < m; i += tall) {
                         ahead(&next, lines);
-                        tile((int)least(MR, m - i), (int)nv, lies + i * a_i, rows ? a_i : 1, panel, kw,
+                        tile((int)least(tall, m - i), (int)nv, lies + i * a_i, rows || turned ? a_i : 1, panel, kw,
                              c + (ic + i) * ldc + jc + j, ldc, tail, add_block, bias ? bias + jc + j : NULL);
                     }
                 }
@@ -282,6 +324,9 @@ ALWAYS_INLINE void gemm_any(const Mode mode, float *c, ptrdiff_t ldc, const floa
             pc += kc;
         } while (pc < K);
     }
+#ifdef HAVE_AMX
+    if (mode == PAIRS) amx_end();
+#endif
 }
 
 static void gemm(float *c, ptrdiff_t ldc, const float *a, ptrdiff_t a_rs, ptrdiff_t a_cs, const float *b,

@@ -34,7 +34,7 @@
 #include "vec_scalar.h"
 #elif defined(LLMC_ISA_AVX2)
 #include "vec_avx2.h"
-#elif defined(LLMC_ISA_AVX512) || defined(LLMC_ISA_AVX512BF16)
+#elif defined(LLMC_ISA_AVX512) || defined(LLMC_ISA_AVX512BF16) || defined(LLMC_ISA_AMX)
 #include "vec_avx512.h"
 #elif defined(LLMC_ISA_NEON) || defined(LLMC_ISA_NEONBF16)
 #include "vec_neon.h"

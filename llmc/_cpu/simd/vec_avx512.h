@@ -1,7 +1,11 @@
-/* AVX-512F + VL + DQ + BW: 16 floats, 32 registers, real masks.  With AVX512_BF16 also products of pairs. */
+/* AVX-512F + VL + DQ + BW: 16 floats, 32 registers, real masks.  With AVX512_BF16 also products of pairs,
+ * and with AMX tiles of them (amx.h). */
 #include <immintrin.h>
 
-#ifdef LLMC_ISA_AVX512BF16
+#if defined(LLMC_ISA_AMX)
+#define ISA_NAME amx
+#define HAVE_AMX
+#elif defined(LLMC_ISA_AVX512BF16)
 #define ISA_NAME avx512bf16
 #else
 #define ISA_NAME avx512
@@ -77,7 +81,7 @@ static inline vec v_round_bf16(vec a) {
     return _mm512_castsi512_ps(_mm512_and_si512(r, _mm512_set1_epi32((int)0xFFFF0000)));
 }
 
-#ifdef LLMC_ISA_AVX512BF16
+#if defined(LLMC_ISA_AVX512BF16) || defined(LLMC_ISA_AMX)
 #define HAVE_DOT
 static inline vec v_dot(vec acc, vec a, vec b) {
     return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b));
