@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-import sys
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as package_version
 from pathlib import Path
@@ -50,24 +49,6 @@ def commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-
-def memory() -> dict[str, float]:
-    """MiB that this process holds now, and the most it ever held.
-
-    From /proc where there is one.  Elsewhere getrusage knows the largest value alone, and it may count what
-    the parent held before the process became this one.
-    """
-    try:
-        text = Path("/proc/self/status").read_text()
-    except OSError:
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
-        return {"now": most, "peak": most}
-    lines = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-    return {"now": int(lines["VmRSS"].split()[0]) / 1024, "peak": int(lines["VmHWM"].split()[0]) / 1024}
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
