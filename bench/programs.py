@@ -13,8 +13,9 @@ import json
 import os
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+
+from llmc.machine import memory
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,24 +41,6 @@ class Program(Protocol):
     def step(self, number: int) -> dict[str, Any]:
         """The answer to a step's number: of a training step its loss, and in seconds its `forward`, `backward` and
         `update`."""
-
-
-def memory() -> dict[str, float]:
-    """MiB that this process holds now, and the most it ever held.
-
-    From /proc where there is one.  Elsewhere getrusage knows the largest value alone, and it may count what
-    the parent held before the process became this one.
-    """
-    try:
-        text = Path("/proc/self/status").read_text()
-    except OSError:
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
-        return {"now": most, "peak": most}
-    lines = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-    return {"now": int(lines["VmRSS"].split()[0]) / 1024, "peak": int(lines["VmHWM"].split()[0]) / 1024}
 
 
 def batch(settings: Settings, number: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

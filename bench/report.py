@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import machine
 import numpy as np
 
+from llmc.benchmark import flops_per_token
 from llmc.gpt2 import Config
 
 ADAMW_BYTES = 28  # per parameter: read w, m, v and the gradient, write w, m and v
@@ -28,18 +29,10 @@ PARTS = ("forward", "backward", "update")
 # ---- what could be ---------------------------------------------------------------------------------
 
 
-def matrix_flops(config: Config, B: int, T: int) -> float:
-    """FLOPs that a training step cannot do without: products with weights, forward, and twice that backward, and
-    causal attention's two products over the T (T + 1) / 2 scores that are not masked, likewise."""
-    C, L, V = config.channels, config.num_layers, config.vocab_size
-    weights = 12 * C * C * L + V * C
-    return 6.0 * B * T * weights + 6.0 * B * L * T * (T + 1) * C
-
-
 def ceiling(config: Config, B: int, T: int, dtype: str, peaks: list[dict[str, float]]) -> dict[str, Any]:
     """A configuration's FLOPs, the medians of the peaks, and the roofline in ms: the products at the peak of their
     type, and AdamW's traffic at the bandwidth of a stream of its shape."""
-    flops, traffic = matrix_flops(config, B, T), ADAMW_BYTES * config.num_parameters
+    flops, traffic = B * T * flops_per_token(config, T), ADAMW_BYTES * config.num_parameters
     found: dict[str, Any] = {"parameters": config.num_parameters, "flops": flops, "adamw_bytes": traffic}
     if peaks:
         peak = statistics.median(p[dtype] for p in peaks)

@@ -94,6 +94,11 @@ stories (no --config, no --train-data, and the model `stories`) start from the r
 An interval of N means: whenever the number of updates done is a multiple of N."""
 
 
+BENCH_HELP = """\
+Measure each op, or whole training steps, on this machine.  What is compared takes turns; figures are medians with
+quartiles; fractions are of a peak measured right beside each turn.  Leave the machine alone meanwhile."""
+
+
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
     top = argparse.ArgumentParser(
@@ -116,6 +121,9 @@ def parser() -> argparse.ArgumentParser:
 
     train = command("train", _train, "train a model", TRAIN_HELP)
     train.add_argument("--config", metavar="NAME|FILE", help="a recipe's name or a TOML file of these options")
+    train.add_argument(
+        "--profile", action="store_true", help="at the end, show where the time went, op by op, against measured peaks"
+    )
     for title, options in TRAIN_OPTIONS:
         _add_options(train.add_argument_group(title), options)
 
@@ -196,6 +204,17 @@ def parser() -> argparse.ArgumentParser:
         "--perturbed", action="store_true", help="first give the weights large biases and outliers: a harder test"
     )
 
+    bench = command("bench", _bench, "measure this machine's speed", BENCH_HELP)
+    kinds = bench.add_subparsers(dest="kind", metavar="WHAT", required=True)
+    for kind, summary, warmup, repeats, seconds in (
+        ("kernels", "every op on every instruction set, beside the machine's measured peaks", 1, 15, 2.0),
+        ("training", "training steps: forward, backward, update, memory", 2, 15, 60.0),
+    ):
+        sub = kinds.add_parser(
+            kind, help=summary, description=summary[0].upper() + summary[1:] + ".", allow_abbrev=False
+        )
+        _add_bench_options(sub, kind, warmup, repeats, seconds)
+
     info = command("info", _info, "show version, processor, threads and optional parts")
     _add_options(info, MACHINE[1:-1])
 
@@ -210,6 +229,36 @@ def _add_options(parser: argparse._ActionsContainer, options: Sequence[Option]) 
             *names, dest=option.field, type=option.kind, metavar=option.metavar, help=option.help,
             choices=option.choices or None, default=argparse.SUPPRESS,
         )  # fmt: skip
+
+
+def _add_bench_options(sub: argparse.ArgumentParser, kind: str, warmup: int, repeats: int, seconds: float) -> None:
+    def numbers(text: str) -> tuple[int, ...]:
+        return tuple(int(part) for part in text.split(","))
+
+    def names(text: str) -> tuple[str, ...]:
+        return tuple(part for part in text.split(",") if part)
+
+    unit = "an op on an instruction set" if kind == "kernels" else "a configuration"
+    first = "calls before each turn" if kind == "kernels" else "steps before those that count"
+    sub.add_argument("--init", "-e", default="d12", metavar="MODEL", help="the preset that gives the shapes (d12)")
+    sub.add_argument("--batch-size", "-B", type=numbers, default=(4,), metavar="N,N", help="sequences (4)")
+    sub.add_argument("--sequence-length", "-T", type=numbers, default=(64,), metavar="N,N", help="tokens each (64)")
+    sub.add_argument("--dtype", type=names, default=("fp32",), metavar="A,B", help="fp32, bf16 (fp32)")
+    sub.add_argument(
+        "--isas", type=names, default=(), metavar="A,B",
+        help=f"instruction sets ({'all that this CPU has' if kind == 'kernels' else 'LLMC_ISA, else the best here'})",
+    )  # fmt: skip
+    if kind == "kernels":
+        sub.add_argument("--only", default="", metavar="TEXT", help="ops whose name holds TEXT")
+    sub.add_argument("--threads", type=int, metavar="N", help="(OMP_NUM_THREADS, else the physical cores)")
+    sub.add_argument("--warmup", type=int, default=warmup, metavar="N", help=f"{first} ({warmup})")
+    sub.add_argument("--repeats", type=int, default=repeats, metavar="N", help=f"turns ({repeats})")
+    sub.add_argument(
+        "--seconds", type=float, default=seconds, metavar="X", help=f"after which {unit} has no more turns ({seconds:g})"
+    )
+    sub.add_argument("--output", "-o", choices=("md", "csv", "json"), default="md", help="format (md)")
+    sub.add_argument("--plot", metavar="FILE.png", help="a picture too (needs matplotlib)")
+    sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show where an error came from")
 
 
 # ---- train -----------------------------------------------------------------------------------------
@@ -262,7 +311,7 @@ def _train(args: argparse.Namespace) -> int:
     with display.Display(config, sys.stdout) as shown, _Interrupt() as interrupt:
         if config.out and os.path.exists(os.path.join(config.out, "model.safetensors")):
             shown.line(f"{config.out} holds a model already, which this run's will replace when it ends\n")
-        for event in training.train(config, stop=interrupt.requested):
+        for event in training.train(config, stop=interrupt.requested, profile=args.profile):
             shown.show(event)
             if isinstance(event, training.Step):
                 interrupt.arm()
@@ -378,6 +427,31 @@ def _reference(args: argparse.Namespace) -> int:
 
 # What a `reference` command line holds besides the arguments of `torch_reference.run`.
 REFERENCE_OWN = {"command", "run", "debug", "init", "out"}
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from llmc import benchmark, machine, results
+
+    settings = benchmark.Settings(
+        init=args.init, batch_sizes=args.batch_size, sequence_lengths=args.sequence_length, dtypes=args.dtype,
+        isas=args.isas, only=getattr(args, "only", ""), threads=args.threads, warmup=args.warmup,
+        repeats=args.repeats, seconds=args.seconds,
+    )  # fmt: skip
+    if args.plot:
+        results.require_matplotlib()  # before, and not after minutes of measuring
+    facts = machine.facts(args.threads)
+
+    def progress(text: str) -> None:
+        if sys.stderr.isatty():
+            print(text, file=sys.stderr)
+
+    rows = benchmark.kernels(settings, progress) if args.kind == "kernels" else benchmark.training(settings, progress)
+    if not rows:
+        raise ConfigError("only", f"no op's name holds {args.only!r}")
+    print(results.write(rows, facts, args.output))
+    if args.plot:
+        results.plot(rows, facts, args.plot)
+    return 0
 
 
 def _info(args: argparse.Namespace) -> int:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TextIO
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from llmc.profiling import Profile
     from llmc.training import Event, Sample, Saved, Started, Step, TrainConfig, Validation
 
 STEP_LINES = 50  # about as many steps as this get a line of their own
@@ -144,6 +145,14 @@ class Display:
         if due or time.monotonic() - self._last_line >= QUIET_SECONDS:
             self.line(f"step {event.step}: train loss {event.loss:.6f} (took {event.seconds * 1000:.1f} ms)")
 
+    def _profile(self, event: Profile) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+        for text in profile_lines(event):
+            self.line(text)
+        self.line()
+
     def _saved(self, event: Saved) -> None:
         self.line(f"model, run.toml and metrics.jsonl saved in {event.folder}")
 
@@ -176,6 +185,31 @@ class Display:
     def elapsed(self) -> str:
         """Time since this display was made."""
         return duration(time.monotonic() - self._began)
+
+
+def profile_lines(profile: Profile) -> list[str]:
+    """The table of `llmc train --profile`: an op and its size, longest first, then the parts of a step."""
+    lines = [
+        f"mean of {profile.steps} {'step' if profile.steps == 1 else 'steps'}, {1e3 * profile.seconds:.2f} ms each",
+        f"{'op':<21} {'size':<12} {'calls':>6} {'ms':>9} {'%':>6} {'rate':>15} {'of peak':>8}",
+    ]
+
+    def share(seconds: float) -> str:
+        return f"{1e3 * seconds:>9.3f} {100 * seconds / profile.seconds:>6.1f}"
+
+    for row in profile.rows:
+        fraction = "" if row.fraction is None else f"{100 * row.fraction:.0f} %"
+        lines.append(
+            f"{row.op:<21} {row.size:<12} {row.calls:>6.5g} {share(row.seconds)} {row.rate:>7.1f} {row.unit:<7} "
+            f"{fraction:>8}"
+        )
+    for part, seconds in (*profile.parts.items(), ("outside ops", profile.outside)):
+        lines.append(f"{part:<41} {share(seconds)}")
+    names = {"fma": "fp32 multiply-adds", "dot": "bf16 dot products"}
+    peaks = ", ".join(f"{names[name]} {value / 1e9:.1f} GFLOP/s" for name, value in profile.peaks.items())
+    if peaks:
+        lines.append(f"peaks, medians of this run: {peaks}; for GB/s, a stream with the op's own traffic")
+    return lines
 
 
 class Transfer:
@@ -238,12 +272,12 @@ def print_info(stream: TextIO, device: str = "cpu", isa: str | None = None, thre
     import platform
     from importlib.metadata import PackageNotFoundError, version
 
-    from llmc import __version__, ops
+    from llmc import __version__, machine, ops
 
     rows = {
         "llmc": __version__,
         "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
-        "processor": processor(),
+        "processor": machine.processor(),
     }
     info = ops.load(device, isa=isa, threads=threads).info()  # type: ignore[attr-defined]
     rows["instruction set"] = f"{info['isa']} in use; {', '.join(info['isas'])} available"
@@ -257,18 +291,3 @@ def print_info(stream: TextIO, device: str = "cpu", isa: str | None = None, thre
         rows[name] = f"{found} ({OPTIONAL[name]})" if name in OPTIONAL else found
     for name, value in rows.items():
         print(f"{name:<16} {value}", file=stream)
-
-
-def processor() -> str:
-    """The processor's name, as the system tells it."""
-    import platform
-
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            for line in file:
-                name, _, value = line.partition(":")
-                if name.strip() in ("model name", "Model", "cpu model"):
-                    return value.strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine() or "unknown"

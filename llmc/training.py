@@ -16,13 +16,15 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from llmc import evaluation, gpt2, loading, recipes, sampling, schedule
 from llmc.adamw import AdamW
 from llmc.data import Shards, find_shards
 from llmc.errors import ConfigError, DivergenceError
 from llmc.gpt2 import GPT2
+from llmc.ops import Ops
+from llmc.profiling import Profile, Profiled
 from llmc.stories import Stories
 
 DTYPES = ("fp32",)
@@ -180,19 +182,21 @@ class Saved:
     folder: str
 
 
-Event = Started | Step | Validation | Sample | Saved
+Event = Started | Step | Validation | Sample | Profile | Saved
 
 
 # ---- the loop --------------------------------------------------------------------------------------
 
 
 def train(
-    config: TrainConfig | None = None, model: GPT2 | None = None, *, stop: Callable[[], bool] | None = None
+    config: TrainConfig | None = None, model: GPT2 | None = None, *, stop: Callable[[], bool] | None = None,
+    profile: bool = False,
 ) -> Iterator[Event]:
     """Train as `config` says (None: the recipe `stories`), yielding events.
 
     `model`, if given, is trained in place and `config.init` is only noted; else it is loaded.  `stop` is
-    asked before every update whether to end the run early, which then saves its model like any other.
+    asked before every update whether to end the run early, which then saves its model like any other.  With
+    `profile` the ops are timed, which changes no result, and after the last update comes a `Profile`.
 
     Validation and sampling happen when the number of updates done is a multiple of their interval:
     validation at 0 too, and both after the last update only if its count is such a multiple.
@@ -203,10 +207,10 @@ def train(
     """
     if config is None:
         config = TrainConfig.recipe("stories")
-    return _run(config, model, stop or (lambda: False))
+    return _run(config, model, stop or (lambda: False), profile)
 
 
-def _run(config: TrainConfig, model: GPT2 | None, stop: Callable[[], bool]) -> Iterator[Event]:
+def _run(config: TrainConfig, model: GPT2 | None, stop: Callable[[], bool], profile: bool) -> Iterator[Event]:
     _check_inputs(config)
     if model is None:
         model = loading.load(
@@ -218,11 +222,13 @@ def _run(config: TrainConfig, model: GPT2 | None, stop: Callable[[], bool]) -> I
     data, held_out = _open_data(config, model)
     steps = _steps(config, data)
     assert model.grads is not None and model.acts is not None
+    profiled = Profiled(model.ops, steps) if profile else None
+    ops = model.ops if profiled is None else cast(Ops, profiled)
     optimizer = AdamW(
-        model.params.table, model.params, model.grads, model.ops,
+        model.params.table, model.params, model.grads, ops,
         beta1=config.beta1, beta2=config.beta2, eps=config.eps, weight_decay=config.weight_decay,
     )
-    with _Output(config) as output:
+    with _Output(config) as output, _using(model, ops):
         yield Started(
             model=model.config,
             parameters=model.config.num_parameters,
@@ -244,14 +250,26 @@ def _run(config: TrainConfig, model: GPT2 | None, stop: Callable[[], bool]) -> I
                 yield _sample(config, model, step)
             if step == steps or stop():
                 break
-            done = _update(config, model, optimizer, data, step, steps)
+            with contextlib.nullcontext() if profiled is None else profiled.step():
+                done = _update(config, model, optimizer, data, step, steps)
             output.log(asdict(done))
             yield done
             step += 1
+        if profiled is not None and step > 0:
+            yield profiled.report()
         if config.out:
             _require_finite(model.ops.global_norm(model.params.flat), "weights' norm", step, "not saved")
             output.save(model)
             yield Saved(step, config.out)
+
+
+@contextlib.contextmanager
+def _using(model: GPT2, ops: Ops) -> Iterator[None]:
+    before, model.ops = model.ops, ops
+    try:
+        yield
+    finally:
+        model.ops = before
 
 
 def _update(

@@ -40,21 +40,22 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_flops_are_those_of_every_product(report: Any) -> None:
-    """Counted product by product: 2 M N K forward, twice that backward; attention by its unmasked scores."""
+    """Counted product by product: 2 M N K forward, twice that backward; of attention's scores half, as causal."""
     config, B, T = Config(max_seq_len=9, vocab_size=11, num_layers=3, num_heads=2, channels=4), 2, 5
     C, M = config.channels, B * T
     linear = [(M, 3 * C, C), (M, C, C), (M, 4 * C, C), (M, C, 4 * C)]
     layer = sum(2 * m * n * k for m, n, k in linear)
-    layer += sum(2 * 2 * (C // 2) for _ in range(B * 2) for i in range(T) for j in range(i + 1))
+    heads = config.num_heads
+    layer += B * heads * 2 * (2 * T * T * (C // heads)) / 2
     head = 2 * M * config.vocab_size * C
-    assert report.matrix_flops(config, B, T) == 3 * (config.num_layers * layer + head)
+    assert report.ceiling(config, B, T, "fp32", [])["flops"] == 3 * (config.num_layers * layer + head)
 
 
 def test_roofline_is_products_and_traffic(report: Any) -> None:
     config = preset("tiny")
     peaks = [{"fp32": 1e9, "bf16": 8e9, "stream": 1e9}, {"fp32": 2e9, "bf16": 4e9, "stream": 2e9}]
     found = report.ceiling(config, 2, 8, "bf16", [*peaks, {"fp32": 9e9, "bf16": 5e9, "stream": 4e9}])
-    seconds = report.matrix_flops(config, 2, 8) / 5e9 + 28 * config.num_parameters / 2e9
+    seconds = found["flops"] / 5e9 + 28 * config.num_parameters / 2e9
     assert found["roofline_ms"] == pytest.approx(1e3 * seconds, rel=1e-12)
     assert "roofline_ms" not in report.ceiling(config, 2, 8, "bf16", [])
 

@@ -114,7 +114,7 @@ def configured(words: str, monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
     """The configuration that a `train` command line amounts to."""
     seen: list[TrainConfig] = []
 
-    def note(config: TrainConfig, stop: object) -> Iterator[training.Event]:
+    def note(config: TrainConfig, **options: object) -> Iterator[training.Event]:
         seen.append(config)
         return iter(())
 

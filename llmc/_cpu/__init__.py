@@ -1,4 +1,5 @@
-"""The CPU backend: every op of `llmc.ops.Ops`, in Cython over C kernels.
+"""The CPU backend: every op of `llmc.ops.Ops`, in Cython over C kernels; and, outside that contract, what measuring
+needs: the ceilings `measure_*`, and `product`, one matrix product alone.
 
 `configure` chooses the kernel table and the number of threads (`ops.load` calls it); until then the best table runs on
 one thread.
@@ -11,16 +12,18 @@ from llmc._cpu.attention import attention_backward, attention_decode, attention_
 from llmc._cpu.embed import embedding_backward, embedding_forward
 from llmc._cpu.head import head_logits, head_loss
 from llmc._cpu.isa import activate, all_isas, info, isas, resolve_isa, resolve_threads
-from llmc._cpu.linear import linear_backward, linear_forward, linear_gelu_backward, linear_gelu_forward
+from llmc._cpu.linear import linear_backward, linear_forward, linear_gelu_backward, linear_gelu_forward, product
 from llmc._cpu.norm import layernorm_backward, layernorm_forward
 from llmc._cpu.optimizer import adamw_step, global_norm
+from llmc._cpu.peak import measure_dot, measure_fma, measure_stream
 from llmc._cpu.workspace import empty, reserve, resize_scratch
 
 __all__ = [
     "adamw_step", "all_isas", "attention_backward", "attention_decode", "attention_forward", "configure",
     "embedding_backward", "embedding_forward", "empty", "gelu_backward", "gelu_forward", "global_norm",
     "head_logits", "head_loss", "info", "isas", "layernorm_backward", "layernorm_forward", "linear_backward",
-    "linear_forward", "linear_gelu_backward", "linear_gelu_forward", "reserve", "residual_forward", "zero",
+    "linear_forward", "linear_gelu_backward", "linear_gelu_forward", "measure_dot", "measure_fma", "measure_stream",
+    "product", "reserve", "residual_forward", "zero",
 ]  # fmt: skip
 
 

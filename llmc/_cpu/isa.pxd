@@ -35,6 +35,10 @@ cdef extern from "simd/kernels.h" nogil:
                            const AdamW *update) noexcept nogil
         void (*column_sum)(float *sum, const float *x, Py_ssize_t ldx, Py_ssize_t rows, Py_ssize_t n) noexcept nogil
 
+        double (*fma_loop)(Py_ssize_t rounds, float *value) noexcept nogil
+        double (*dot_loop)(Py_ssize_t rounds, float *value) noexcept nogil
+        float (*stream_span)(float **p, int reads, int writes, int updates, Py_ssize_t n) noexcept nogil
+
 cdef const Kernels *kernels
 cdef int threads
 cdef Py_ssize_t gemm_scratch(str name) except -1

@@ -152,3 +152,31 @@ def linear_gelu_backward(dx, dw, db, dpre, dout, pre, x, w, accumulate):
     with nogil:
         gelu_backward_all(&dpre_[0], &dout_[0], &pre_[0], pre_.shape[0])
     linear_backward(dx, dw, db, dpre, x, w, accumulate)
+
+
+def product(use, out, a, b):
+    """One of a linear layer's three products alone, to be measured (no op of the contract); all matrices float32:
+
+    forward  out (M,N) = a (M,K) b (N,K)^T
+    dx       out (M,K) = a (M,N) b (N,K)
+    dw       out (N,K) = a (M,N)^T b (M,K)
+    """
+    cdef float[:, ::1] out_ = check.matrix("out", out), a_ = check.matrix("a", a), b_ = check.matrix("b", b)
+    cdef Py_ssize_t ra = a_.shape[0], ca = a_.shape[1], rb = b_.shape[0], cb = b_.shape[1]
+    if use == "forward":
+        check.expect("b", b.shape, (rb, ca))
+        check.expect("out", out.shape, (ra, rb))
+        with nogil:
+            rows_times_transposed(&out_[0, 0], &a_[0, 0], &b_[0, 0], NULL, ra, rb, ca)
+    elif use == "dx":
+        check.expect("b", b.shape, (ca, cb))
+        check.expect("out", out.shape, (ra, cb))
+        with nogil:
+            gemm(&out_[0, 0], cb, &a_[0, 0], ca, 1, &b_[0, 0], cb, 1, ra, cb, ca, False, NULL)
+    elif use == "dw":
+        check.expect("b", b.shape, (ra, cb))
+        check.expect("out", out.shape, (ca, cb))
+        with nogil:
+            gemm(&out_[0, 0], cb, &a_[0, 0], 1, ca, &b_[0, 0], cb, 1, ca, cb, ra, False, NULL)
+    else:
+        raise ValueError(f"use: {use!r} is none of forward, dx, dw")

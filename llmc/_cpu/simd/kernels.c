@@ -3,6 +3,7 @@
 
 #include "gemm.h"
 #include "map.h"
+#include "peak.h"
 #include "row.h"
 
 #define JOIN_(a, b) a##b
@@ -31,4 +32,7 @@ const Kernels JOIN(kernels_, ISA_NAME) = {
     .dot_span = dot_span,
     .adamw_span = adamw_span,
     .column_sum = column_sum,
+    .fma_loop = fma_loop,
+    .dot_loop = dot_loop,
+    .stream_span = stream_span,
 };

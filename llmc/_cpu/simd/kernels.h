@@ -1,6 +1,6 @@
 /* What one instruction set offers: a table of functions, and the size of its GEMM tile.  `kernels.c` is compiled
  * once per set and emits one table; the .pyx files call through the active one.  Nothing in here starts a
- * thread or checks a shape.  The functions are described where they are defined: gemm.h, row.h, map.h. */
+ * thread or checks a shape.  The functions are described where they are defined: gemm.h, row.h, map.h, peak.h. */
 #ifndef LLMC_KERNELS_H
 #define LLMC_KERNELS_H
 
@@ -41,6 +41,10 @@ typedef struct Kernels {
     float (*dot_span)(const float *a, const float *b, ptrdiff_t n);
     void (*adamw_span)(float *w, float *m, float *v, const float *dw, ptrdiff_t n, const AdamW *update);
     void (*column_sum)(float *sum, const float *x, ptrdiff_t ldx, ptrdiff_t rows, ptrdiff_t n);
+
+    double (*fma_loop)(ptrdiff_t rounds, float *value);
+    double (*dot_loop)(ptrdiff_t rounds, float *value);
+    float (*stream_span)(float *const *p, int reads, int writes, int updates, ptrdiff_t n);
 } Kernels;
 
 #endif

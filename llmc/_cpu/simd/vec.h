@@ -12,6 +12,7 @@
  *     v_exp2i            2^n for an integral-valued n in [-126, 127]; 0 for n = -127
  *     v_sum v_hmax       across lanes
  *     v_transpose        VL x VL, in place
+ *     v_dot(acc, a, b)   where the set has it, and then HAVE_DOT: acc plus the products of two bf16 pairs per lane
  *     vd_zero vd_sum vd_sqacc(acc, x)   acc += x*x in double, all lanes of x
  *
  * What can be said with these alone (v_exp below) is written once, here.

@@ -58,6 +58,11 @@ static inline void v_transpose(vec *r) {
     }
 }
 
+#ifdef __AVX512BF16__
+#define HAVE_DOT
+static inline vec v_dot(vec acc, vec a, vec b) { return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b); }
+#endif
+
 static inline vecd vd_zero(void) { return _mm512_setzero_pd(); }
 static inline vecd vd_sqacc(vecd acc, vec x) {
     vecd lo = _mm512_cvtps_pd(_mm512_castps512_ps256(x));

@@ -1,0 +1,457 @@
+"""`llmc bench`: how fast each op is, and a training step, on this machine, now.
+
+Times mean little on their own where the clock moves and others share the machine.  So whatever is compared takes
+turns within one run, and every turn has a measurement of its own ceiling right before and after it; a fraction of the
+peak is the median of the turns' ratios.
+"""
+
+from __future__ import annotations
+
+import inspect
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+from llmc import costs, loading, machine, ops
+from llmc.adamw import AdamW
+from llmc.arena import Array
+from llmc.costs import Cost
+from llmc.errors import ConfigError, LlmcError
+from llmc.gpt2 import LAYERNORM_EPS, Config, preset
+from llmc.profiling import ceiling, measure
+
+DTYPES = ("fp32", "bf16")
+TURN_SECONDS = 0.02  # that an op is called again and again in one turn, at least
+PEAK_SECONDS = 0.01  # for its ceiling, before the turn and after it
+RECIPE = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
+LEARNING_RATE = 1e-4
+
+Progress = Callable[[str], None]
+
+
+def _silent(text: str) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Quartiles."""
+
+    lower: float
+    median: float
+    upper: float
+
+    @staticmethod
+    def of(values: Sequence[float]) -> Spread:
+        return Spread(*(float(q) for q in np.percentile(values, [25, 50, 75])))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure, and for how long.  ConfigError, naming the field, for what makes no sense."""
+
+    init: str = "d12"  # a preset with random weights
+    batch_sizes: tuple[int, ...] = (4,)
+    sequence_lengths: tuple[int, ...] = (64,)
+    dtypes: tuple[str, ...] = ("fp32",)
+    isas: tuple[str, ...] = ()  # (): for kernels all that this CPU has, for training the best
+    only: str = ""  # ops whose name holds this
+    threads: int | None = None
+    warmup: int = 1  # calls before each turn; steps before the first
+    repeats: int = 15  # turns
+    seconds: float = 2.0  # after so long an op on one instruction set, or a configuration, has no more turns
+
+    def __post_init__(self) -> None:
+        if not loading.is_preset(self.init):
+            raise ConfigError("init", f"{self.init!r} is no preset with random weights: d12, d2, stories, tiny ...")
+        longest = preset(self.init).max_seq_len
+        for name, values, low, high in (
+            ("batch_size", self.batch_sizes, 1, 1 << 20), ("sequence_length", self.sequence_lengths, 1, longest),
+            ("warmup", (self.warmup,), 0, 1 << 20), ("repeats", (self.repeats,), 1, 1 << 20),
+            ("seconds", (self.seconds,), 0, float("inf")),
+        ):  # fmt: skip
+            if not values:
+                raise ConfigError(name, "is empty")
+            for value in values:
+                if not low <= value <= high:
+                    raise ConfigError(name, f"must be from {low} to {high}, got {value}")
+        for dtype in self.dtypes:
+            _check_dtype(dtype)
+
+
+def _check_dtype(dtype: str) -> None:
+    known = DTYPES if "dtype" in inspect.signature(ops.load).parameters else DTYPES[:1]
+    if dtype not in known:
+        raise ConfigError("dtype", f"{dtype!r} is not available in this version; choose {', '.join(known)}")
+
+
+def _options(isa: str | None, threads: int | None, dtype: str) -> dict[str, Any]:
+    """Of `ops.load` and `loading.load`."""
+    given: dict[str, Any] = {"isa": isa, "threads": threads}
+    return given if dtype == "fp32" else {**given, "dtype": dtype}
+
+
+def _backend(isa: str | None, threads: int | None, dtype: str) -> Any:
+    return ops.load("cpu", **_options(isa, threads, dtype))
+
+
+# ---- kernels ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class KernelRow:
+    """One op at one shape on one instruction set."""
+
+    op: str
+    shape: str
+    dtype: str
+    isa: str
+    unit: str  # of rate and peak: GFLOP/s or GB/s
+    ms: Spread  # per call, over the turns
+    rate: float  # at the median time
+    peak: float  # median of what was measured beside it
+    fraction: float  # of the peak: the median of the turns' ratios
+    turns: int
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one shape: a call, and what it costs."""
+
+    op: str
+    shape: str
+    dtype: str
+    cost: Cost
+    call: Callable[[], Any] = field(repr=False)
+
+
+def cases(backend: Any, config: Config, B: int, T: int, dtype: str) -> Iterator[Case]:
+    """Each in turn, so that only one's arrays exist at a time: every op of the contract at the shapes of a training
+    step (decoding ops at theirs), and a linear layer's three products one by one.  In bf16, the products alone."""
+    random = np.random.default_rng(0)
+    C, H, V, Vp, maxT = (
+        config.channels, config.num_heads, config.vocab_size, config.padded_vocab_size, config.max_seq_len
+    )  # fmt: skip
+    layers = {"qkv": (C, 3 * C), "attproj": (C, C), "fc": (C, 4 * C), "fcproj": (4 * C, C), "head": (C, V)}
+
+    def new(*shape: int, scale: float = 1.0) -> Array:
+        return (scale * random.standard_normal(shape, dtype=np.float32)).astype(np.float32)
+
+    for name, (K, N) in layers.items():
+        x, w, y = (_stored(new(*shape), dtype) for shape in ((B * T, K), (N, K), (B * T, N)))
+        for use, out, a, b in (("forward", y, x, w), ("dx", x, y, w), ("dw", w, y, x)):
+            out = np.empty(out.shape, np.float32) if use == "dw" else np.empty_like(out)
+            cost = Cost(
+                2.0 * B * T * K * N, float(a.nbytes + b.nbytes), float(out.nbytes), (2, 1, 0),
+                float(a.nbytes + b.nbytes + out.nbytes), bf16=dtype == "bf16",
+            )  # fmt: skip
+            # Bound now: a closure would see the loop's last arrays.
+            call = _bound(backend.product, use, out, a, b)
+            yield Case(f"product_{use}", f"{name} {K} -> {N}, {B}x{T}", dtype, cost, call)
+    if dtype != "fp32":
+        return
+
+    def case(op: str, size: str, *args: Any) -> Case:
+        cost = costs.cost(op, dict(zip(costs.PARAMETERS[op], args, strict=True)))
+        return Case(op, size, dtype, cost, _bound(getattr(backend, op), *args))
+
+    ids = random.integers(V, size=(B, T)).astype(np.int32)
+    x, dx, dout = new(B, T, C), new(B, T, C), new(B, T, C)
+    w, b, dw, db = new(C), new(C), new(C), new(C)
+    tokens, wide = f"{B}x{T}x{C}", f"{B}x{T}x{4 * C}"
+    wte, wpe, dwte, dwpe = new(Vp, C, scale=0.02), new(maxT, C), np.zeros((Vp, C), np.float32), new(maxT, C)
+    yield case("embedding_forward", tokens, x, ids, wte, wpe, V, 0)
+    yield case("embedding_backward", tokens, dwte, dwpe, dout, ids, False)
+    mean, rstd = np.zeros((B, T), np.float32), np.ones((B, T), np.float32)
+    yield case("layernorm_forward", tokens, dx, mean, rstd, x, w, b, LAYERNORM_EPS)
+    yield case("layernorm_backward", tokens, dx, dw, db, dout, x, mean, rstd, w, False)
+    yield case("residual_forward", tokens, dx, x, dx)  # in place, as the model does it
+    pre, act, dact = new(B, T, 4 * C), new(B, T, 4 * C), new(B, T, 4 * C)
+    yield case("gelu_forward", wide, act, pre)
+    yield case("gelu_backward", wide, dact, dact, pre)
+
+    for K, N in (layers[name] for name in ("qkv", "attproj", "fcproj")):
+        a, y, m, bias = new(B, T, K), new(B, T, N), new(N, K), new(N)
+        yield case("linear_forward", f"{K} -> {N}, {B}x{T}", y, a, m, bias)
+        da, dm, dbias = np.empty_like(a), np.empty_like(m), np.empty_like(bias)
+        yield case("linear_backward", f"{K} -> {N}, {B}x{T}", da, dm, dbias, y, a, m, False)
+    m, bias = new(4 * C, C), new(4 * C)
+    dm, dbias = np.empty_like(m), np.empty_like(bias)
+    yield case("linear_gelu_forward", f"{C} -> {4 * C}, {B}x{T}", act, pre, x, m, bias)
+    yield case("linear_gelu_backward", f"{C} -> {4 * C}, {B}x{T}", dx, dm, dbias, dact, act, pre, x, m, False)
+
+    heads = f"{tokens}, {H} heads"
+    qkv, dqkv, out, lse = new(B, T, 3 * C), new(B, T, 3 * C), new(B, T, C), np.zeros((B, H, T), np.float32)
+    yield case("attention_forward", heads, out, lse, qkv)
+    yield case("attention_backward", heads, dqkv, dout, qkv, out, lse)
+    keys, values, one, o = new(1, maxT, C), new(1, maxT, C), new(1, 1, 3 * C), new(1, 1, C)
+    yield case("attention_decode", f"1 token after {maxT - 1}", o, keys, values, one, H, maxT - 1)
+
+    losses = np.zeros((B, T), np.float32)
+    yield case("head_loss", f"{tokens}, loss alone", losses, None, None, x, wte, ids, V, 1.0, False)
+    yield case("head_loss", f"{tokens}, with gradients", losses, dx, dwte, x, wte, ids, V, 1.0 / (B * T), False)
+    yield case("head_logits", f"1x1x{C}, V={V}", np.zeros((1, 1, V), np.float32), o, wte, V)
+
+    moments, squares = np.zeros_like(wte), np.zeros_like(wte)
+    yield case("global_norm", f"{Vp}x{C}", dwte)
+    yield case(
+        "adamw_step", f"{Vp}x{C}", wte, moments, squares, dwte, LEARNING_RATE, RECIPE["beta1"], RECIPE["beta2"],
+        RECIPE["eps"], RECIPE["weight_decay"], 10, 1.0,
+    )  # fmt: skip
+    yield case("zero", f"{Vp}x{C}", dwte)
+
+
+def _bound(function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
+    return lambda: function(*args)
+
+
+def _stored(x: Array, dtype: str) -> Array:
+    """`x` as activations and weights are stored for products in `dtype`."""
+    if dtype == "fp32":
+        return x
+    import ml_dtypes
+
+    return x.astype(ml_dtypes.bfloat16)
+
+
+def _visit(call: Callable[[], Any], warmup: int, least: float) -> tuple[float, float]:
+    """Seconds per call over at least `least` seconds, after `warmup` calls; and seconds in all."""
+    began = time.perf_counter()
+    for _ in range(warmup):
+        call()
+    count, start = 0, time.perf_counter()
+    while True:
+        call()
+        count += 1
+        now = time.perf_counter()
+        if now - start >= least:
+            return (now - start) / count, now - began
+
+
+def kernels(settings: Settings, progress: Progress = _silent) -> list[KernelRow]:
+    """Every op, on each instruction set in turn.  ConfigError for one that this CPU lacks."""
+    config = preset(settings.init)
+    backend = _backend(None, settings.threads, "fp32")
+    before = backend.info()
+    isas = settings.isas or before["isas"]
+    for isa in isas:
+        _backend(isa, settings.threads, "fp32")
+    backend.reserve(config.channels, config.vocab_size, config.padded_vocab_size * config.channels)
+    rows = []
+    try:
+        for dtype in settings.dtypes:
+            for B in settings.batch_sizes:
+                for T in settings.sequence_lengths:
+                    for case in cases(backend, config, B, T, dtype):
+                        if settings.only in case.op:
+                            progress(f"{case.op} {case.shape} {dtype}")
+                            rows += _take_turns(case, isas, settings)
+    finally:
+        _backend(before["isa"], before["threads"], "fp32")
+    return rows
+
+
+def _take_turns(case: Case, isas: Sequence[str], settings: Settings) -> list[KernelRow]:
+    took: dict[str, list[float]] = {isa: [] for isa in isas}
+    peaks: dict[str, list[float]] = {isa: [] for isa in isas}
+    spent = dict.fromkeys(isas, 0.0)
+    what = ceiling(case.cost)
+    turn, beside = min(TURN_SECONDS, settings.seconds), min(PEAK_SECONDS, settings.seconds)
+    for _ in range(settings.repeats):
+        for isa in isas:
+            if took[isa] and spent[isa] >= settings.seconds:
+                continue
+            backend = _backend(isa, settings.threads, case.dtype)
+            first = measure(backend, what, beside)
+            seconds, whole = _visit(case.call, settings.warmup, turn)
+            peaks[isa].append((first + measure(backend, what, beside)) / 2)
+            took[isa].append(seconds)
+            spent[isa] += whole
+    rows = []
+    for isa in isas:
+        ms = Spread.of([1e3 * seconds for seconds in took[isa]])
+        ratios = [case.cost.amount / s / peak for s, peak in zip(took[isa], peaks[isa], strict=True)]
+        rows.append(
+            KernelRow(
+                case.op, case.shape, case.dtype, isa, case.cost.unit, ms, case.cost.amount / ms.median / 1e6,
+                statistics.median(peaks[isa]) / 1e9, statistics.median(ratios), len(took[isa]),
+            )
+        )  # fmt: skip
+    return rows
+
+
+# ---- training --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrainingRow:
+    """A training step of one configuration, in a process of its own."""
+
+    init: str
+    B: int
+    T: int
+    dtype: str
+    isa: str
+    threads: int
+    ms: Spread  # a step
+    forward_ms: float  # medians; the head's backward belongs to the forward pass
+    backward_ms: float
+    update_ms: float
+    tokens_per_second: float  # at the median
+    mfu: float  # the step's products at the peak measured beside it / the step: the median of the turns' ratios
+    peak_gflops: float
+    peak_mib: float  # the most memory that the process ever held
+    first_step_seconds: float  # from the start of the process to the end of its first step
+    steps: int  # timed
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What one process trains."""
+
+    init: str
+    B: int
+    T: int
+    dtype: str
+    isa: str | None
+    threads: int | None
+    seed: int = 0
+
+    def batch(self, step: int) -> tuple[Array, Array]:
+        """Tokens and targets (B, T) int32 of one step: random, and the same for every configuration."""
+        random = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, 0, step]))
+        ids = random.integers(preset(self.init).vocab_size, size=(self.B, self.T + 1)).astype(np.int32)
+        return np.ascontiguousarray(ids[:, :-1]), np.ascontiguousarray(ids[:, 1:])
+
+
+def flops_per_token(config: Config, T: int) -> float:
+    """Of a training step's products: 6 N for the N weights that multiply (wte as the head; wpe and vectors do not),
+    and 6 L C T for causal attention, whose scores backward computes once more and which is not counted."""
+    C, L = config.channels, config.num_layers
+    return 6.0 * (config.vocab_size * C + 12 * L * C * C) + 6.0 * L * C * T
+
+
+class Program:
+    """A model in training: llmc's side of a comparison."""
+
+    def __init__(self, configuration: Configuration) -> None:
+        self.configuration = c = configuration
+        self.model = loading.load(c.init, seed=c.seed, **_options(c.isa, c.threads, c.dtype))
+        self.model.prepare(c.B, c.T)
+        assert self.model.grads is not None
+        self.optimizer = AdamW(self.model.params.table, self.model.params, self.model.grads, self.model.ops, **RECIPE)
+
+    def step(self, number: int) -> tuple[float, list[float]]:
+        """One step: its loss, and the times at which it began, and had done forward, backward and update."""
+        x, y = self.configuration.batch(number)
+        times = [time.perf_counter()]
+        loss = self.model.forward(x, y)
+        times.append(time.perf_counter())
+        self.model.backward(x)
+        times.append(time.perf_counter())
+        self.optimizer.step(LEARNING_RATE)
+        times.append(time.perf_counter())
+        return loss, times
+
+
+def _train(pipe: Connection, configuration: Configuration) -> None:
+    """A process: a step for each number received, None to end."""
+    try:
+        program = Program(configuration)
+        backend: Any = program.model.ops
+        what = ("dot" if configuration.dtype == "bf16" else "fma", 0, 0, 0, 0)
+        first = True
+        while (number := pipe.recv()) is not None:
+            before = 0.0 if first else measure(backend, what)
+            loss, times = program.step(number)
+            if first:  # the parent looks at its clock
+                pipe.send(loss)
+                first = False
+                continue
+            pipe.send((loss, times, (before + measure(backend, what)) / 2))
+        pipe.send((machine.memory()["peak"], backend.info()))
+    except (LlmcError, MemoryError) as error:
+        pipe.send(error if isinstance(error, LlmcError) else ConfigError("memory", str(error)))
+
+
+class _Process:
+    def __init__(self, configuration: Configuration) -> None:
+        self.configuration = configuration
+        self.took: list[list[float]] = []
+        self.peaks: list[float] = []
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_train, args=(theirs, configuration), daemon=True)
+        began = time.perf_counter()
+        self.process.start()
+        theirs.close()  # so that its death is noticed
+        self.ask(0)
+        self.first = time.perf_counter() - began
+
+    def ask(self, message: int | None) -> Any:
+        try:
+            self.pipe.send(message)
+            answer = self.pipe.recv()
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            self.process.join()
+            raise ConfigError("bench", f"{self.configuration} ended with status {self.process.exitcode}") from None
+        if isinstance(answer, LlmcError):
+            raise answer
+        return answer
+
+    def step(self, number: int, keep: bool) -> None:
+        _, times, peak = self.ask(number)
+        if keep:
+            self.took.append([b - a for a, b in zip(times, times[1:], strict=False)])
+            self.peaks.append(peak)
+
+    def row(self) -> TrainingRow:
+        peak_mib, info = self.ask(None)
+        self.process.join()
+        c = self.configuration
+        steps = [sum(parts) for parts in self.took]
+        work = c.B * c.T * flops_per_token(preset(c.init), c.T)
+        parts = [1e3 * statistics.median(part) for part in zip(*self.took, strict=True)]
+        return TrainingRow(
+            c.init, c.B, c.T, c.dtype, info["isa"], info["threads"], Spread.of([1e3 * step for step in steps]), *parts,
+            c.B * c.T / statistics.median(steps),
+            statistics.median([work / step / peak for step, peak in zip(steps, self.peaks, strict=True)]),
+            statistics.median(self.peaks) / 1e9, peak_mib, self.first, len(steps),
+        )  # fmt: skip
+
+
+def training(settings: Settings, progress: Progress = _silent) -> list[TrainingRow]:
+    """A training step of every configuration.  Those of one batch size and length take turns, step by step, and
+    are in memory together."""
+    rows: list[TrainingRow] = []
+    for B in settings.batch_sizes:
+        for T in settings.sequence_lengths:
+            processes: list[_Process] = []
+            try:
+                for dtype in settings.dtypes:
+                    for isa in settings.isas or (None,):
+                        configuration = Configuration(settings.init, B, T, dtype, isa, settings.threads)
+                        progress(f"{settings.init} B={B} T={T} {dtype} {isa or ''}")
+                        processes.append(_Process(configuration))
+                _step_by_step(processes, settings)
+                rows += [process.row() for process in processes]
+            finally:
+                for process in processes:
+                    process.process.terminate()
+                    process.process.join()
+    return rows
+
+
+def _step_by_step(processes: Sequence[_Process], settings: Settings) -> None:
+    """Each round begins with another process: none is always the one that follows a certain other."""
+    for number in range(1, 1 + settings.warmup + settings.repeats):
+        first = number % len(processes)
+        for process in [*processes[first:], *processes[:first]]:
+            if not process.took or sum(map(sum, process.took)) < settings.seconds:
+                process.step(number, keep=number > settings.warmup)

@@ -1,0 +1,192 @@
+"""Where a training step's time goes: a backend whose calls are timed, and the ceilings to compare them with.
+
+    ops = Profiled(load("cpu"), steps=20)
+    with ops.step():
+        ...
+    print(ops.report())
+
+The results are the backend's own, to the bit: `Profiled` passes arguments through and looks at the clock.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from llmc import costs
+from llmc.costs import PARAMETERS, Cost
+from llmc.ops import Ops
+
+PARTS = ("forward", "head (forward and backward)", "backward", "update")
+PART_OF = {"head_loss": PARTS[1], "zero": PARTS[2], "global_norm": PARTS[3], "adamw_step": PARTS[3]}
+DECISIVE = {"V", "H", "position", "accumulate"}  # beside shapes, what a call's cost depends on
+
+ROUNDS = 5  # times that the ceilings are measured in a run, about
+PEAK_SECONDS = 0.01  # per ceiling and time
+SMALLEST, LARGEST = 1 << 12, 1 << 27  # bytes of a stream; 128 MiB are beyond the caches, and more run no slower
+
+Ceiling = tuple[str, int, int, int, int]  # what to measure: fma, dot, or a stream's arrays and bytes
+
+
+def ceiling(cost: Cost) -> Ceiling:
+    """What bounds a call of this cost, as `measure` takes it; a stream's bytes to an eighth, so that few differ."""
+    if cost.products:
+        return ("dot" if cost.bf16 else "fma", 0, 0, 0, 0)
+    size = min(max(round(cost.footprint), SMALLEST), LARGEST)
+    step = 1 << (size.bit_length() - 3)
+    return ("stream", *cost.arrays, (size + step // 2) // step * step)
+
+
+def has_ceilings(ops: Any) -> bool:
+    """Whether a backend can measure its own."""
+    return hasattr(ops, "measure_fma")
+
+
+def measure(ops: Any, what: Ceiling, seconds: float = PEAK_SECONDS) -> float:
+    """FLOP/s, or B/s of a stream, over `seconds` on the kernels and threads in use."""
+    kind, reads, writes, updates, nbytes = what
+    if kind == "stream":
+        return float(ops.measure_stream(reads, writes, nbytes, seconds, updates))
+    return float(ops.measure_dot(seconds) if kind == "dot" else ops.measure_fma(seconds))
+
+
+@dataclass(frozen=True)
+class OpTime:
+    """An op's share of a step; calls that differ in the size of a layer are apart."""
+
+    op: str
+    size: str
+    part: str  # of PARTS
+    calls: float  # per step
+    seconds: float  # per step
+    rate: float  # 10^9 per second of `unit`
+    unit: str  # GFLOP/s or GB/s
+    fraction: float | None  # of the ceiling: the time its work takes there / the time it took; None: unknown
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The mean step of a run.  The first one touches new memory, and is left out where there are others."""
+
+    steps: int  # that the figures are of
+    seconds: float  # per step
+    rows: tuple[OpTime, ...]  # longest first
+    parts: dict[str, float]  # seconds per step
+    outside: float  # seconds per step that no op accounts for
+    peaks: dict[str, float]  # FLOP/s, medians
+
+
+class _Calls:
+    """The calls of one op at one cost."""
+
+    def __init__(self, op: str, size: str, cost: Cost) -> None:
+        self.op, self.size, self.cost = op, size, cost
+        self.count = 0
+        self.seconds = 0.0
+
+
+class Profiled:
+    """The backend `ops`, its calls timed while a `step` is on.  Whatever is no op goes to the backend as it is."""
+
+    def __init__(self, ops: Ops, steps: int) -> None:
+        """`steps` is the expected number of steps, over which measurements of the ceilings are spread."""
+        self._ops = ops
+        self._every = max(1, -(-steps // ROUNDS))
+        self._on = False
+        self._steps: list[float] = []
+        self._calls: dict[tuple[Any, ...], _Calls] = {}
+        self._first: dict[tuple[Any, ...], _Calls] = {}
+        self._ceilings: dict[Ceiling, list[float]] = {}
+        for op in costs.ROLES:
+            setattr(self, op, self._timed(op, getattr(ops, op)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_ops"], name)
+
+    def _timed(self, op: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        names, clock = PARAMETERS[op], time.perf_counter
+        deciding = [i for i, name in enumerate(names) if name in costs.ROLES[op] or name in DECISIVE]
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if not self._on:
+                return function(*args, **kwargs)
+            began = clock()
+            result = function(*args, **kwargs)
+            elapsed = clock() - began
+            if kwargs:
+                args += tuple(kwargs[name] for name in names[len(args) :])
+            key = (op, *[getattr(args[i], "shape", args[i]) for i in deciding])
+            calls = self._calls.get(key)
+            if calls is None:
+                given = dict(zip(names, args, strict=True))
+                calls = self._calls[key] = _Calls(op, costs.shape(op, given), costs.cost(op, given))
+            calls.count += 1
+            calls.seconds += elapsed
+            return result
+
+        return call
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """One step: what is called within is counted.  Afterwards, now and then, the ceilings are measured."""
+        self._on = True
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._on = False
+        self._steps.append(time.perf_counter() - began)
+        if len(self._steps) == 1:
+            self._first, self._calls = self._calls, {}
+        if len(self._steps) % self._every == 0:
+            self._measure()
+
+    def _counted(self) -> list[_Calls]:
+        return list((self._calls if len(self._steps) > 1 else self._first).values())
+
+    def _measure(self) -> None:
+        if has_ceilings(self._ops):
+            for what in sorted({ceiling(calls.cost) for calls in self._counted()} | {("fma", 0, 0, 0, 0)}):
+                self._ceilings.setdefault(what, []).append(measure(self._ops, what))
+
+    def report(self) -> Profile:
+        """The steps so far; RuntimeError before the first."""
+        if not self._steps:
+            raise RuntimeError("a profile needs a step")
+        counted = self._counted()
+        if {ceiling(calls.cost) for calls in counted} - self._ceilings.keys():
+            self._measure()
+        peaks = {what: statistics.median(values) for what, values in self._ceilings.items()}
+        steps = max(1, len(self._steps) - 1)
+        seconds = sum(self._steps[-steps:]) / steps
+        groups: dict[tuple[str, str], list[_Calls]] = {}
+        for calls in counted:
+            groups.setdefault((calls.op, calls.size), []).append(calls)
+        rows = []
+        for (op, size), group in groups.items():
+            took = sum(calls.seconds for calls in group)
+            products = group[0].cost.products
+            work = sum(calls.count * (calls.cost.flops if products else calls.cost.nbytes) for calls in group)
+            ideal = sum(calls.count * calls.cost.amount / peaks[ceiling(calls.cost)] for calls in group) if peaks else None
+            rows.append(
+                OpTime(
+                    op, size, _part(op), sum(calls.count for calls in group) / steps, took / steps, work / took / 1e9,
+                    group[0].cost.unit, None if ideal is None else ideal / took,
+                )
+            )  # fmt: skip
+        rows.sort(key=lambda row: -row.seconds)
+        parts = {part: sum(row.seconds for row in rows if row.part == part) for part in PARTS}
+        return Profile(
+            steps, seconds, tuple(rows), parts, seconds - sum(parts.values()),
+            {what[0]: value for what, value in peaks.items() if what[0] != "stream"},
+        )  # fmt: skip
+
+
+def _part(op: str) -> str:
+    if op in PART_OF:
+        return PART_OF[op]
+    return PARTS[2] if op.endswith("_backward") else PARTS[0]
