@@ -230,7 +230,7 @@ def take_turns(run: Run, c: Configuration, dtype: str, programs: list[str], fail
     return sorted(workers, key=lambda worker: order.index(worker.name))
 
 
-def repeat_starts(run: Run, c: Configuration, dtype: str, workers: list[Worker]) -> dict[str, list[float]]:
+def repeat_starts(run: Run, c: Configuration, workers: list[Worker], failures: list[str]) -> dict[str, list[float]]:
     """Seconds from a process' start to the end of its first step, by program; `llmc random` makes its weights."""
     settings = {worker.name: worker.settings for worker in workers if worker.name != "llmc-block"}
     starts = {worker.name: [worker.start] for worker in workers if worker.name != "llmc-block"}
@@ -240,10 +240,14 @@ def repeat_starts(run: Run, c: Configuration, dtype: str, workers: list[Worker])
     for _ in range(run.args.starts):
         for program, seconds in starts.items():
             if len(seconds) < run.args.starts and max(seconds, default=0.0) <= LONG_START:
-                worker = run.start(program, settings[program])
-                worker.finish()
-                seconds.append(worker.start)
-    return starts
+                try:
+                    worker = run.start(program, settings[program])
+                    worker.finish()
+                except ProgramFailed as error:
+                    failures.append(str(error))
+                else:
+                    seconds.append(worker.start)
+    return {program: seconds for program, seconds in starts.items() if seconds}
 
 
 def largest_difference(losses: dict[str, list[float]], reference: list[float]) -> float:
@@ -265,6 +269,12 @@ def measure(run: Run, c: Configuration, dtype: str, fp32_losses: list[float] | N
             skipped[PROGRAMS[program]] = reason
         else:
             wanted.append(program)
+    section: dict[str, Any] = {
+        "name": c.name, **c._asdict(), "dtype": dtype, "warmup": run.args.warmup, "skipped": skipped,
+        "failures": failures, "programs": [], "losses": {},
+    }  # fmt: skip
+    if not wanted:
+        return section
     # Recomputing is about memory, so its process shares the machine with one llmc alone, not with PyTorch's.
     blocks = "llmc-block" in wanted
     workers = take_turns(run, c, dtype, [program for program in wanted if program != "llmc-block"], failures)
@@ -274,12 +284,7 @@ def measure(run: Run, c: Configuration, dtype: str, fp32_losses: list[float] | N
     peaks = [answer for group in groups for worker in group if worker.name == "peaks" for answer in worker.answers]
     trained = [worker for worker in workers if worker.name != "peaks"]
     block = [worker for group in groups[1:] for worker in group if worker.name == "llmc-block"]
-    section: dict[str, Any] = {
-        "name": c.name, **c._asdict(), "dtype": dtype, "warmup": run.args.warmup, "skipped": skipped,
-        "failures": failures, "programs": [],
-    }  # fmt: skip
-    losses = {worker.name: worker.losses for worker in trained + block}
-    section["losses"] = losses
+    losses = section["losses"] = {worker.name: worker.losses for worker in trained + block}
     if not losses:
         return section
     limit = LARGEST_DIFFERENCE if dtype == "fp32" else BF16_DIFFERENCE
@@ -292,7 +297,7 @@ def measure(run: Run, c: Configuration, dtype: str, fp32_losses: list[float] | N
     if not section["difference"] <= limit:
         failures.append(f"the losses differ by {section['difference']:.1e} from {apart}, so no times are given")
         return section
-    section["starts"] = repeat_starts(run, c, dtype, trained)
+    section["starts"] = repeat_starts(run, c, trained, failures)
     config = preset(c.init)
     section |= report.ceiling(config, c.B, c.T, dtype, peaks)
     for group, rows in ((groups[0], trained), (groups[-1], block)):
