@@ -206,14 +206,13 @@ def parser() -> argparse.ArgumentParser:
 
     bench = command("bench", _bench, "measure this machine's speed", BENCH_HELP)
     kinds = bench.add_subparsers(dest="kind", metavar="WHAT", required=True)
-    for kind, summary, warmup, repeats, seconds in (
+    for what, summary, warmup, repeats, seconds in (
         ("kernels", "every op on every instruction set, beside the machine's measured peaks", 1, 15, 2.0),
         ("training", "training steps: forward, backward, update, memory", 2, 15, 60.0),
     ):
-        sub = kinds.add_parser(
-            kind, help=summary, description=summary[0].upper() + summary[1:] + ".", allow_abbrev=False
-        )
-        _add_bench_options(sub, kind, warmup, repeats, seconds)
+        about = summary[0].upper() + summary[1:] + "."
+        sub = kinds.add_parser(what, help=summary, description=about, allow_abbrev=False)
+        _add_bench_options(sub, what, warmup, repeats, seconds)
 
     info = command("info", _info, "show version, processor, threads and optional parts")
     _add_options(info, MACHINE[1:-1])
@@ -238,7 +237,7 @@ def _add_bench_options(sub: argparse.ArgumentParser, kind: str, warmup: int, rep
     def names(text: str) -> tuple[str, ...]:
         return tuple(part for part in text.split(",") if part)
 
-    unit = "an op on an instruction set" if kind == "kernels" else "a configuration"
+    what = "an op on an instruction set" if kind == "kernels" else "a configuration"
     first = "calls before each turn" if kind == "kernels" else "steps before those that count"
     sub.add_argument("--init", "-e", default="d12", metavar="MODEL", help="the preset that gives the shapes (d12)")
     sub.add_argument("--batch-size", "-B", type=numbers, default=(4,), metavar="N,N", help="sequences (4)")
@@ -254,8 +253,9 @@ def _add_bench_options(sub: argparse.ArgumentParser, kind: str, warmup: int, rep
     sub.add_argument("--warmup", type=int, default=warmup, metavar="N", help=f"{first} ({warmup})")
     sub.add_argument("--repeats", type=int, default=repeats, metavar="N", help=f"turns ({repeats})")
     sub.add_argument(
-        "--seconds", type=float, default=seconds, metavar="X", help=f"after which {unit} has no more turns ({seconds:g})"
-    )
+        "--seconds", type=float, default=seconds, metavar="X",
+        help=f"after which {what} has no more turns; one at least ({seconds:g})",
+    )  # fmt: skip
     sub.add_argument("--output", "-o", choices=("md", "csv", "json"), default="md", help="format (md)")
     sub.add_argument("--plot", metavar="FILE.png", help="a picture too (needs matplotlib)")
     sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show where an error came from")
@@ -439,7 +439,7 @@ def _bench(args: argparse.Namespace) -> int:
     )  # fmt: skip
     if args.plot:
         results.require_matplotlib()  # before, and not after minutes of measuring
-    facts = machine.facts(args.threads)
+    facts = machine.facts(settings.threads)
 
     def progress(text: str) -> None:
         if sys.stderr.isatty():
@@ -448,6 +448,7 @@ def _bench(args: argparse.Namespace) -> int:
     rows = benchmark.kernels(settings, progress) if args.kind == "kernels" else benchmark.training(settings, progress)
     if not rows:
         raise ConfigError("only", f"no op's name holds {args.only!r}")
+    facts["instruction set"] = ", ".join(dict.fromkeys(row.isa for row in rows))
     print(results.write(rows, facts, args.output))
     if args.plot:
         results.plot(rows, facts, args.plot)

@@ -8,10 +8,12 @@ peak is the median of the turns' ratios.
 from __future__ import annotations
 
 import inspect
+import itertools
 import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
@@ -81,6 +83,8 @@ class Settings:
             for value in values:
                 if not low <= value <= high:
                     raise ConfigError(name, f"must be from {low} to {high}, got {value}")
+        if not self.dtypes:
+            raise ConfigError("dtype", "is empty")
         for dtype in self.dtypes:
             _check_dtype(dtype)
 
@@ -99,6 +103,19 @@ def _options(isa: str | None, threads: int | None, dtype: str) -> dict[str, Any]
 
 def _backend(isa: str | None, threads: int | None, dtype: str) -> Any:
     return ops.load("cpu", **_options(isa, threads, dtype))
+
+
+@contextmanager
+def _checked(settings: Settings) -> Iterator[Any]:
+    """The backend, once every instruction set asked for has turned out to be there; set back afterwards."""
+    backend = _backend(None, settings.threads, "fp32")
+    before = backend.info()
+    try:
+        for isa in settings.isas:
+            _backend(isa, settings.threads, "fp32")
+        yield backend
+    finally:
+        _backend(before["isa"], before["threads"], "fp32")
 
 
 # ---- kernels ---------------------------------------------------------------------------------------
@@ -221,30 +238,26 @@ def _stored(x: Array, dtype: str) -> Array:
 
 
 def _visit(call: Callable[[], Any], warmup: int, least: float) -> tuple[float, float]:
-    """Seconds per call over at least `least` seconds, after `warmup` calls; and seconds in all."""
-    began = time.perf_counter()
+    """Seconds of a median call over at least `least` seconds, after `warmup` calls; and seconds in all."""
+    clock = time.perf_counter
+    began = clock()
     for _ in range(warmup):
         call()
-    count, start = 0, time.perf_counter()
-    while True:
-        call()
-        count += 1
-        now = time.perf_counter()
-        if now - start >= least:
-            return (now - start) / count, now - began
+    times: list[float] = []
+    start = now = clock()
+    while not times or now - start < least:
+        before, _, now = clock(), call(), clock()
+        times.append(now - before)
+    return statistics.median(times), now - began
 
 
 def kernels(settings: Settings, progress: Progress = _silent) -> list[KernelRow]:
     """Every op, on each instruction set in turn.  ConfigError for one that this CPU lacks."""
     config = preset(settings.init)
-    backend = _backend(None, settings.threads, "fp32")
-    before = backend.info()
-    isas = settings.isas or before["isas"]
-    for isa in isas:
-        _backend(isa, settings.threads, "fp32")
-    backend.reserve(config.channels, config.vocab_size, config.padded_vocab_size * config.channels)
     rows = []
-    try:
+    with _checked(settings) as backend:
+        isas = settings.isas or backend.info()["isas"]
+        backend.reserve(config.channels, config.vocab_size, config.padded_vocab_size * config.channels)
         for dtype in settings.dtypes:
             for B in settings.batch_sizes:
                 for T in settings.sequence_lengths:
@@ -252,8 +265,6 @@ def kernels(settings: Settings, progress: Progress = _silent) -> list[KernelRow]
                         if settings.only in case.op:
                             progress(f"{case.op} {case.shape} {dtype}")
                             rows += _take_turns(case, isas, settings)
-    finally:
-        _backend(before["isa"], before["threads"], "fp32")
     return rows
 
 
@@ -377,12 +388,18 @@ def _train(pipe: Connection, configuration: Configuration) -> None:
             pipe.send((loss, times, (before + measure(backend, what)) / 2))
         pipe.send((machine.memory()["peak"], backend.info()))
     except (LlmcError, MemoryError) as error:
-        pipe.send(error if isinstance(error, LlmcError) else ConfigError("memory", str(error)))
+        pipe.send(_Failure(str(error) or "out of memory"))
+
+
+@dataclass(frozen=True)
+class _Failure:
+    text: str
 
 
 class _Process:
     def __init__(self, configuration: Configuration) -> None:
-        self.configuration = configuration
+        self.configuration = c = configuration
+        self.name = f"{c.init} B={c.B} T={c.T} {c.dtype}"
         self.took: list[list[float]] = []
         self.peaks: list[float] = []
         context = multiprocessing.get_context("spawn")
@@ -400,15 +417,15 @@ class _Process:
             answer = self.pipe.recv()
         except (EOFError, BrokenPipeError, ConnectionResetError):
             self.process.join()
-            raise ConfigError("bench", f"{self.configuration} ended with status {self.process.exitcode}") from None
-        if isinstance(answer, LlmcError):
-            raise answer
+            raise LlmcError(f"{self.name} ended with status {self.process.exitcode}") from None
+        if isinstance(answer, _Failure):
+            raise LlmcError(f"{self.name}: {answer.text}")
         return answer
 
     def step(self, number: int, keep: bool) -> None:
         _, times, peak = self.ask(number)
         if keep:
-            self.took.append([b - a for a, b in zip(times, times[1:], strict=False)])
+            self.took.append([b - a for a, b in itertools.pairwise(times)])
             self.peaks.append(peak)
 
     def row(self) -> TrainingRow:
@@ -417,10 +434,10 @@ class _Process:
         c = self.configuration
         steps = [sum(parts) for parts in self.took]
         work = c.B * c.T * flops_per_token(preset(c.init), c.T)
-        parts = [1e3 * statistics.median(part) for part in zip(*self.took, strict=True)]
+        forward, backward, update = (1e3 * statistics.median(part) for part in zip(*self.took, strict=True))
         return TrainingRow(
-            c.init, c.B, c.T, c.dtype, info["isa"], info["threads"], Spread.of([1e3 * step for step in steps]), *parts,
-            c.B * c.T / statistics.median(steps),
+            c.init, c.B, c.T, c.dtype, info["isa"], info["threads"], Spread.of([1e3 * step for step in steps]),
+            forward, backward, update, c.B * c.T / statistics.median(steps),
             statistics.median([work / step / peak for step, peak in zip(steps, self.peaks, strict=True)]),
             statistics.median(self.peaks) / 1e9, peak_mib, self.first, len(steps),
         )  # fmt: skip
@@ -429,6 +446,8 @@ class _Process:
 def training(settings: Settings, progress: Progress = _silent) -> list[TrainingRow]:
     """A training step of every configuration.  Those of one batch size and length take turns, step by step, and
     are in memory together."""
+    with _checked(settings):
+        pass
     rows: list[TrainingRow] = []
     for B in settings.batch_sizes:
         for T in settings.sequence_lengths:

@@ -128,7 +128,7 @@ def _nbytes(op: str, name: str, a: Arguments) -> float:
     if name == "w" and "V" in a:
         return a["V"] * value.shape[1] * value.itemsize
     if name in ("keys", "values"):
-        B, T, C = a["out"].shape
+        B, _, C = a["out"].shape
         return B * a["position"] * C * value.itemsize
     return float(value.nbytes)
 

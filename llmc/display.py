@@ -263,6 +263,7 @@ OPTIONAL = {
     "torch": "llmc reference, tests",
     "transformers": "tests",
     "tiktoken": "the gpt2 tokenizer",
+    "matplotlib": "llmc bench --plot",
     "pycuda": "NVIDIA GPUs, not in this version",
 }
 

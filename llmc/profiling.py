@@ -171,11 +171,14 @@ class Profiled:
             took = sum(calls.seconds for calls in group)
             products = group[0].cost.products
             work = sum(calls.count * (calls.cost.flops if products else calls.cost.nbytes) for calls in group)
-            ideal = sum(calls.count * calls.cost.amount / peaks[ceiling(calls.cost)] for calls in group) if peaks else None
+            fraction = None
+            if peaks:
+                ideal = sum(calls.count * calls.cost.amount / peaks[ceiling(calls.cost)] for calls in group)
+                fraction = ideal / took
             rows.append(
                 OpTime(
                     op, size, _part(op), sum(calls.count for calls in group) / steps, took / steps, work / took / 1e9,
-                    group[0].cost.unit, None if ideal is None else ideal / took,
+                    group[0].cost.unit, fraction,
                 )
             )  # fmt: skip
         rows.sort(key=lambda row: -row.seconds)

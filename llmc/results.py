@@ -138,8 +138,9 @@ def plot(rows: Rows, facts: Facts, path: str | os.PathLike[str]) -> None:
     else:
         _draw_training(axes, [row for row in rows if isinstance(row, TrainingRow)])
     axes.invert_yaxis()
-    axes.legend(fontsize=8, loc="best")
-    axes.set_title(f"{facts['processor']}, {facts['threads']} threads, commit {facts['commit']}", fontsize=9)
+    axes.margins(y=0.4 / max(groups, 1))
+    figure.legend(fontsize=8, loc="outside upper center", ncols=4)
+    axes.set_title(f"{facts['processor']}, threads: {facts['threads']}, commit {facts['commit']}", fontsize=9)
     try:
         figure.savefig(path, format="png", dpi=120)
     except OSError as error:

@@ -223,7 +223,7 @@ def test_commands_parse(document: str, words: list[str], capsys: pytest.CaptureF
 
 def test_the_readme_shows_every_command() -> None:
     shown = {words[0] for document, words in commands() if document == README}
-    assert shown >= {"train", "sample", "data", "convert", "verify", "reference", "info"}
+    assert shown >= {"train", "sample", "data", "convert", "verify", "reference", "info", "bench"}
 
 
 def test_make_targets_exist() -> None:

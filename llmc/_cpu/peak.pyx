@@ -1,15 +1,19 @@
 """Ceilings of the active kernel table on the active number of threads, as measured now: the clock moves.
 
+All threads run at once, each looks at its own clock, and a sample is the sum of their rates: waiting for the slowest is
+what an op may lose against its ceiling, no part of the ceiling.  Of many short samples the median counts: one in which a
+thread lost its core to another program says nothing.
+
 These are no ops: a backend need not have them, and no model calls them.  Whoever measures ops puts them beside an
 op's own turn and compares the two.
 """
 
-import time
+import statistics
 
 import numpy as np
 
 from cython.parallel cimport prange
-from libc.stdlib cimport free, malloc
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from llmc._cpu cimport isa
 from llmc._cpu.workspace import empty
@@ -19,58 +23,52 @@ cdef enum:
     SPAN = 8192      # floats of each array that a thread takes at a time, as the element-wise ops do
     SKEW = 208       # floats between two arrays: at one distance from a page's start they would share cache sets
     ARRAYS = 16      # at most, in a stream
+    THREADS = 1024   # at most, as `resolve_threads` has it
 
-cdef float _sink = 0.0
-
-
-cdef float _one(bint dot, double *work) noexcept nogil:
-    cdef float value = 0.0
-    work[0] = isa.kernels.dot_loop(ROUNDS, &value) if dot else isa.kernels.fma_loop(ROUNDS, &value)
-    return value
+# What the loops give: stored, they are not optimised away.
+cdef float[THREADS] _values
+cdef double[THREADS] _rates
 
 
-cdef double _loops(bint dot, double *work, float *values) noexcept nogil:
-    """One loop on every thread; the FLOPs of all of them."""
+cdef double _now() noexcept nogil:
+    cdef timespec t
+    clock_gettime(CLOCK_MONOTONIC, &t)
+    return <double> t.tv_sec + 1e-9 * <double> t.tv_nsec
+
+
+cdef double _loop(int thread, bint dot) noexcept nogil:
+    """FLOP/s of one thread, by its own clock."""
+    cdef double began = _now(), work
+    work = isa.kernels.dot_loop(ROUNDS, &_values[thread]) if dot else isa.kernels.fma_loop(ROUNDS, &_values[thread])
+    return work / (_now() - began)
+
+
+def _registers(bint dot):
+    """FLOP/s of all threads at once."""
     cdef int i, threads = isa.threads
-    cdef double total = 0.0
-    for i in prange(threads, num_threads=isa.threads, schedule="static", chunksize=1):
-        values[i] = _one(dot, &work[i])
-    for i in range(threads):
-        total = total + work[i]
-    return total
+    for i in prange(threads, num_threads=isa.threads, schedule="static", chunksize=1, nogil=True):
+        _rates[i] = _loop(i, dot)
+    return sum([_rates[i] for i in range(threads)])
 
 
-cdef double _register_peak(bint dot, double seconds) except -1:
-    cdef double *work = <double *> malloc(isa.threads * sizeof(double))
-    cdef float *values = <float *> malloc(isa.threads * sizeof(float))
-    cdef double done = 0.0
-    if work == NULL or values == NULL:
-        free(work)
-        free(values)
-        raise MemoryError()
-    with nogil:
-        _loops(dot, work, values)  # the clock of wide vectors settles, threads wake
-    began = time.perf_counter()
-    while True:
-        with nogil:
-            done += _loops(dot, work, values)
-        elapsed = time.perf_counter() - began
-        if elapsed >= seconds:
-            break
-    free(work)
-    free(values)
-    return done / elapsed
+def _median(sample, double seconds):
+    """Of what `sample` gives over `seconds` or a little more; its first call warms up."""
+    sample()
+    values, began = [], _now()
+    while not values or _now() - began < seconds:
+        values.append(sample())
+    return statistics.median(values)
 
 
 def measure_fma(seconds=0.02):
     """FLOP/s of fp32 multiply-adds on registers, on all threads, over `seconds` or a little more."""
-    return _register_peak(False, seconds)
+    return _median(lambda: _registers(False), seconds)
 
 
 def measure_dot(seconds=0.02):
     """FLOP/s of bf16 dot products on registers; those of `measure_fma` where the table has no such instruction,
     since products of bf16 are then made in fp32."""
-    return _register_peak(True, seconds)
+    return _median(lambda: _registers(True), seconds)
 
 
 cdef float _span(float *base, Py_ssize_t stride, int reads, int writes, int updates, Py_ssize_t start,
@@ -82,15 +80,28 @@ cdef float _span(float *base, Py_ssize_t stride, int reads, int writes, int upda
     return isa.kernels.stream_span(p, reads, writes, updates, n)
 
 
-cdef float _stream(float *base, Py_ssize_t stride, int reads, int writes, int updates, Py_ssize_t n,
+cdef double _share(int thread, float *base, Py_ssize_t stride, int reads, int writes, int updates, Py_ssize_t n,
                    int passes) noexcept nogil:
-    cdef Py_ssize_t i
+    """B/s of one thread, by its own clock: its share of the spans, `passes` times."""
+    cdef Py_ssize_t spans = (n + SPAN - 1) // SPAN
+    cdef Py_ssize_t start = spans * thread // isa.threads * SPAN, end = spans * (thread + 1) // isa.threads * SPAN, i
     cdef int k
-    cdef float last = 0.0
+    cdef double began = _now()
+    if start == end:
+        return 0.0
     for k in range(passes):
-        for i in prange(0, n, SPAN, num_threads=isa.threads, schedule="static"):
-            last = _span(base, stride, reads, writes, updates, i, min(<Py_ssize_t> SPAN, n - i))
-    return last
+        for i in range((end - start) // SPAN):
+            _values[thread] = _span(base, stride, reads, writes, updates, start + i * SPAN,
+                                    min(<Py_ssize_t> SPAN, n - start - i * SPAN))
+    return 4.0 * <double> (min(end, n) - start) * (reads + writes + 2 * updates) * passes / (_now() - began)
+
+
+def _stream(float[::1] memory, Py_ssize_t stride, int reads, int writes, int updates, Py_ssize_t n, int passes):
+    """B/s of all threads at once."""
+    cdef int i, threads = isa.threads
+    for i in prange(threads, num_threads=isa.threads, schedule="static", chunksize=1, nogil=True):
+        _rates[i] = _share(i, &memory[0], stride, reads, writes, updates, n, passes)
+    return sum([_rates[i] for i in range(threads)])
 
 
 def measure_stream(reads, writes, nbytes, seconds=0.02, updates=0):
@@ -101,26 +112,12 @@ def measure_stream(reads, writes, nbytes, seconds=0.02, updates=0):
     writes back, is the machine's own affair, of the op that is compared as of the stream.  ValueError for no array, or
     for more than 16.
     """
-    global _sink
-    cdef int r = reads, w = writes, u = updates, passes, arrays = r + w + u
-    cdef Py_ssize_t step = 64, n, stride
-    cdef float[::1] view
-    if r < 0 or w < 0 or u < 0 or not 1 <= arrays <= ARRAYS:
+    arrays = reads + writes + updates
+    if min(reads, writes, updates) < 0 or not 1 <= arrays <= ARRAYS:
         raise ValueError(f"reads, writes, updates: {reads}, {writes}, {updates} are not 1 to {ARRAYS} arrays")
-    n = max(step, nbytes // 4 // arrays // step * step)
+    n = max(64, nbytes // 4 // arrays // 64 * 64)  # whole steps of any kernel table's loop
     stride = n + SKEW
-    view = empty((stride * arrays,), np.float32)
-    cdef float *base = &view[0]
+    memory = empty((stride * arrays,), np.float32)
     passes = max(1, (1 << 18) // (n * arrays))  # a megabyte at least between two looks at the clock
-    with nogil:
-        _stream(base, stride, 0, arrays, 0, n, 1)  # pages exist from their first writing on
-        _stream(base, stride, r, w, u, n, passes)
-    done, began = 0, time.perf_counter()
-    while True:
-        with nogil:
-            _sink = _stream(base, stride, r, w, u, n, passes)
-        done += passes
-        elapsed = time.perf_counter() - began
-        if elapsed >= seconds:
-            break
-    return 4.0 * n * (r + w + 2 * u) * done / elapsed
+    _stream(memory, stride, 0, arrays, 0, n, 1)  # pages exist from their first writing on
+    return _median(lambda: _stream(memory, stride, reads, writes, updates, n, passes), seconds)
