@@ -16,11 +16,12 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import machine
 import numpy as np
 
 from llmc.benchmark import flops_per_token
+from llmc.errors import LlmcError
 from llmc.gpt2 import Config
+from llmc.results import require_matplotlib, table
 
 ADAMW_BYTES = 28  # per parameter: read w, m, v and the gradient, write w, m and v
 PARTS = ("forward", "backward", "update")
@@ -126,13 +127,15 @@ def markdown_section(section: dict[str, Any]) -> str:
             f"{digits(section['roofline_ms'])} ms for {section['flops'] / 1e9:.1f} GFLOP and "
             f"{section['adamw_bytes'] / 1e6:.0f} MB."
         )
+    if any((row["mfu"] or 0.0) > 1.0 for row in section["programs"]):
+        said.append("A program was faster than the peak: the machine was not quiet, so fractions mean nothing here.")
     if random := section.get("starts", {}).get("llmc random"):
         said.append(f"llmc from random weights: {statistics.median(random):.1f} s to the end of the first step.")
     said += [f"Not measured: {name} ({reason})." for name, reason in section["skipped"].items()]
     said += [f"FAILED: {failure}." for failure in section["failures"]]
     parts = [title, " ".join(said)]
     if section["programs"]:
-        parts.append(machine.table(COLUMNS, [markdown_row(row) for row in section["programs"]]))
+        parts.append(table(COLUMNS, [markdown_row(row) for row in section["programs"]]))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -165,9 +168,7 @@ def as_csv(result: dict[str, Any]) -> str:
 
 def plot(result: dict[str, Any], path: Path) -> None:
     """A PNG with a panel per configuration: each program's step, divided into its parts, and its time over llmc's."""
-    import matplotlib
-
-    matplotlib.use("Agg")
+    require_matplotlib().use("Agg")
     import matplotlib.pyplot as plt
 
     sections = [section for section in result["configurations"] if section["programs"]]
@@ -222,9 +223,10 @@ def output(result: dict[str, Any], args: argparse.Namespace) -> None:
     formats = {"md": markdown, "csv": as_csv, "json": lambda result: json.dumps(result, indent=2)}
     print(formats[args.output](result))
     if args.plot:
-        if machine.installed("matplotlib") == "not installed":
-            sys.exit("bench: --plot: matplotlib is not installed: pip install matplotlib")
-        plot(result, args.plot)
+        try:
+            plot(result, args.plot)
+        except (LlmcError, OSError) as error:
+            sys.exit(f"bench: --plot: {error}")
 
 
 def main() -> None:

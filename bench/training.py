@@ -26,12 +26,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import machine
 import numpy as np
 import report
 from programs import RECIPE, Settings
 
-from llmc import loading
+from llmc import loading, machine
 from llmc.errors import LlmcError
 from llmc.gpt2 import GPT2, parameter_rows, preset
 
@@ -145,11 +144,6 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, threads: int, folder: Path) -> None:
         self.args, self.threads, self.folder = args, threads, folder
-        self.peaks_missing = ""
-        from llmc import _cpu
-
-        if not hasattr(_cpu, "measure_fma"):
-            self.peaks_missing = "this llmc cannot measure peaks: no MFU and no roofline"
 
     def weights(self, init: str) -> Path:
         """A model file, written on first use."""
@@ -201,8 +195,7 @@ def take_turns(run: Run, c: Configuration, dtype: str, programs: list[str], fail
                 workers.append(run.start(program, run.settings(program, c, dtype)))
             except ProgramFailed as error:
                 failures.append(str(error))
-        if not run.peaks_missing:
-            workers.append(Worker("peaks", {"kind": "peaks", "threads": run.threads}, run.folder))
+        workers.append(Worker("peaks", {"kind": "peaks", "threads": run.threads}, run.folder))
 
         def each(workers: list[Worker], act: Callable[[Worker], float | None]) -> list[str]:
             told = []
@@ -260,7 +253,7 @@ def measure(run: Run, c: Configuration, dtype: str, fp32_losses: list[float] | N
     """One configuration in one type: its section of the report."""
     say(f"{c.name} {dtype}: {c.rounds} rounds after {run.args.warmup} for warming up")
     failures: list[str] = []
-    skipped: dict[str, str] = {} if not run.peaks_missing else {"peaks": run.peaks_missing}
+    skipped: dict[str, str] = {}
     wanted = []
     for program in run.args.programs:
         if program == "llmc-block" and c.T < LONG and not run.args.programs_given:
