@@ -64,17 +64,17 @@ def test_summary_compares_rounds_not_medians(report: Any) -> None:
     def answers(*seconds: float) -> list[dict[str, Any]]:
         return [{"loss": 1.0, "forward": s, "backward": 2 * s, "update": s} for s in seconds]
 
-    # The first answer is for warming up.  Ratios of the rounds: 2, 3, 4.
-    ours, theirs = answers(9.0, 0.1, 0.2, 0.4), answers(9.0, 0.2, 0.6, 1.6)
+    # The first answer is for warming up.  Ratios of the rounds: 3, 1, 5; of the medians: 2.
+    ours, theirs = answers(9.0, 0.1, 0.4, 0.2), answers(9.0, 0.3, 0.4, 1.0)
     memory = {"libraries": 10.0, "peak": 20.0}
     section = {"flops": 1.2e9, "peak": 1e9, "roofline_ms": 1200.0}
     row = report.summary(report.Measured("them", theirs, ours, memory, [3.0, 1.0, 2.0], 1), section, 24)
-    assert row["step"] == pytest.approx(2400.0)
-    assert (row["forward"], row["backward"], row["update"]) == pytest.approx((600.0, 1200.0, 600.0))
+    assert row["step"] == pytest.approx(1600.0)
+    assert (row["forward"], row["backward"], row["update"]) == pytest.approx((400.0, 800.0, 400.0))
     assert row["ratio"] == pytest.approx(3.0)
-    assert row["mfu"] == pytest.approx(0.5)
-    assert row["roofline"] == pytest.approx(0.5)
-    assert row["tokens_per_second"] == pytest.approx(10.0)
+    assert row["mfu"] == pytest.approx(0.75)
+    assert row["roofline"] == pytest.approx(0.75)
+    assert row["tokens_per_second"] == pytest.approx(15.0)
     assert row["start"] == 2.0
     assert (row["peak_mib"], row["library_mib"]) == (20.0, 10.0)
 
