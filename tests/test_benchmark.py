@@ -8,6 +8,7 @@ import json
 import math
 import multiprocessing
 import shlex
+import shutil
 import struct
 import subprocess
 import sys
@@ -259,7 +260,12 @@ def test_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         done = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True)
         if done.returncode == 0:
             assert done.stdout.startswith(machine.commit().removesuffix("-dirty"))
-    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "other"]):
+        if shutil.which("git"):
+            subprocess.run([*git, *words], check=True, capture_output=True)
+    (tmp_path / "site-packages").mkdir()
+    monkeypatch.setattr(machine, "ROOT", tmp_path / "site-packages")
     assert machine.commit() == "unknown"
 
 

@@ -220,8 +220,9 @@ def test_import_is_free() -> None:
     assert loaded(f"import llmc; llmc.__version__; dir(llmc)\n{LOADED}") == []
 
 
-@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["sample", "--help"], ["data", "--help"]])
-def test_help_is_free(words: list[str]) -> None:
+@pytest.mark.parametrize("command", ["", "train", "sample", "data", "bench", "bench kernels"])
+def test_help_is_free(command: str) -> None:
+    words = [*command.split(), "--help"]
     program = (
         "import atexit, runpy, sys\n"
         f"sys.argv = ['llmc', *{words!r}]\n"

@@ -87,12 +87,14 @@ cdef double _share(int thread, float *base, Py_ssize_t stride, int reads, int wr
     cdef Py_ssize_t start = spans * thread // isa.threads * SPAN, end = spans * (thread + 1) // isa.threads * SPAN, i
     cdef int k
     cdef double began = _now()
+    cdef float last = 0.0
     if start == end:
         return 0.0
     for k in range(passes):
         for i in range((end - start) // SPAN):
-            _values[thread] = _span(base, stride, reads, writes, updates, start + i * SPAN,
-                                    min(<Py_ssize_t> SPAN, n - start - i * SPAN))
+            last = _span(base, stride, reads, writes, updates, start + i * SPAN,
+                         min(<Py_ssize_t> SPAN, n - start - i * SPAN))
+    _values[thread] = last
     return 4.0 * <double> (min(end, n) - start) * (reads + writes + 2 * updates) * passes / (_now() - began)
 
 
