@@ -1,354 +1,374 @@
-"""One GPT-2 training step, forward, backward and update, in llmc and in PyTorch, fp32 on the CPU.
+"""GPT-2 training steps, forward, backward and update, in llmc and in PyTorch, fp32 and bf16, on the CPU.
 
-    python bench/training.py                       # GPT-2 124M, B=4, T=64
-    python bench/training.py --init d2 --repeats 1 # does it run?
+    python bench/training.py --json-out run.json                # all of it: an hour or more
+    python bench/training.py --configs d12:4x64=9 --dtypes fp32
+    python bench/training.py --configs d2:2x64=1 --starts 1     # does it run?
 
-Each program is a process of its own, so that its peak memory is its own and no two OpenMP runtimes meet.
-They start from the same weights (one model file), see the same batches, and take turns step by step, so
-that whatever else the machine does falls on all of them.  Nothing is printed unless their losses agree.
+Each program is a process of its own (bench/programs.py), so that its memory and its start are its own and no two OpenMP
+runtimes meet.  They start from the same weights (one model file), see the same batches, and take turns step by step, so
+that whatever else the machine does falls on all of them; the peaks have their turn too.  No times are given of
+programs whose losses do not agree.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
-import multiprocessing
-import statistics
+import os
+import shutil
+import subprocess
 import sys
 import tempfile
 import time
-from multiprocessing.connection import Connection
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-import machine
 import numpy as np
+import report
+from programs import RECIPE, Settings
 
-from llmc import loading, ops
-from llmc.adamw import AdamW
+from llmc import loading, machine
 from llmc.errors import LlmcError
-from llmc.gpt2 import LAYERNORM_EPS, Config, parameter_rows, preset
+from llmc.gpt2 import GPT2, parameter_rows, preset
 
-if TYPE_CHECKING:
-    from torch import Tensor
+CONFIGURATIONS = "d12:4x64=9,d12:4x1024=3,stories:4x256=25"
+PROGRAMS = {"llmc": "llmc", "llmc-block": "llmc, recompute block", "eager": "PyTorch eager", "compile": "torch.compile"}
+LONG = 512  # tokens from which on activations are worth recomputing
+LARGEST_DIFFERENCE = 1e-4  # of two fp32 losses of the same step
+BF16_DIFFERENCE = 1e-2  # of a bf16 loss from fp32's: see bench/README.md
+LONG_START = 15.0  # seconds; a start that took longer is not repeated
+HERE = Path(__file__).resolve().parent
 
-LARGEST_DIFFERENCE = 1e-4  # of two losses of the same step
-HEADER_BYTES = 1024  # of the model file
-RECIPE = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}  # decay on matrices
 
-
-class Settings(NamedTuple):
-    """What a worker is told."""
+class Configuration(NamedTuple):
+    """A preset, B sequences of T tokens, and the number of steps that are timed."""
 
     init: str
     B: int
     T: int
-    threads: int
-    seed: int
-    weights: str
-    compiled: bool = False
+    rounds: int
 
-    def batch(self, step: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """Tokens and targets (B, T) int32 of one step: random, and the same for every program."""
-        random = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, 0, step]))
-        ids = random.integers(preset(self.init).vocab_size, size=(self.B, self.T + 1)).astype(np.int32)
-        return np.ascontiguousarray(ids[:, :-1]), np.ascontiguousarray(ids[:, 1:])
+    @property
+    def name(self) -> str:
+        return f"{self.init}:{self.B}x{self.T}"
 
-
-class Program(Protocol):
-    """Something that trains."""
-
-    def step(self, number: int) -> tuple[float, list[float]]:
-        """One step: its loss, and the times at which it began, and had done forward, backward and update."""
-
-
-# ---- llmc ------------------------------------------------------------------------------------------
-
-
-class Llmc:
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.model = loading.load(settings.weights, threads=settings.threads)
-        self.model.prepare(settings.B, settings.T)
-        assert self.model.grads is not None
-        others = {name: value for name, value in RECIPE.items() if name != "lr"}
-        self.optimizer = AdamW(
-            self.model.params.table, self.model.params, self.model.grads, self.model.ops, **others
-        )
-
-    def step(self, number: int) -> tuple[float, list[float]]:
-        x, y = self.settings.batch(number)
-        times = [time.perf_counter()]
-        loss = self.model.forward(x, y)
-        times.append(time.perf_counter())
-        self.model.backward(x)
-        times.append(time.perf_counter())
-        self.optimizer.step(RECIPE["lr"])
-        times.append(time.perf_counter())
-        return loss, times
-
-
-# ---- PyTorch ---------------------------------------------------------------------------------------
-
-
-class PyTorch:
-    """GPT-2 as one writes it in PyTorch: modules, scaled_dot_product_attention, fused AdamW.
-
-    Its parameters are leaves per layer, not slices of stacked tensors as in llmc/torch_reference.py:
-    the gradient of a slice is a tensor of the whole stack's size, which would cost PyTorch time.
-    """
-
-    def __init__(self, settings: Settings) -> None:
-        import torch
-
-        torch.set_num_threads(settings.threads)
-        self.settings = settings
-        self.config = preset(settings.init)
-        self.p = self._read(settings.weights)
-        matrices = [t for t in self.p.values() if t.dim() == 2]
-        others = [t for t in self.p.values() if t.dim() != 2]
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": matrices, "weight_decay": RECIPE["weight_decay"]},
-                {"params": others, "weight_decay": 0.0},
-            ],
-            lr=RECIPE["lr"], betas=(RECIPE["beta1"], RECIPE["beta2"]), eps=RECIPE["eps"], fused=True,
-        )  # fmt: skip
-        self.loss = torch.compile(self._loss) if settings.compiled else self._loss
-
-    def _read(self, path: str) -> dict[str, Tensor]:
-        """Leaf tensors `name` or `name.layer` from llm.c's model file, the vocabulary without its padding."""
-        import torch
-
-        made = {}
-        with open(path, "rb") as file:
-            file.seek(HEADER_BYTES)
-            for row in parameter_rows(self.config):
-                for layer in range(max(1, row.layers)):
-                    count = int(np.prod(row.shape))
-                    values = np.fromfile(file, "<f4", count).reshape(row.shape)
-                    if row.name == "wte":
-                        values = values[: self.config.vocab_size]
-                    name = f"{row.name}.{layer}" if row.layers else row.name
-                    made[name] = torch.from_numpy(values).requires_grad_()
+    @classmethod
+    def parse(cls, text: str, rounds: int) -> Configuration:
+        """From INIT:BxT or INIT:BxT=ROUNDS; ValueError, or ConfigError for a preset that does not fit."""
+        place, _, number = text.partition("=")
+        init, _, shape = place.partition(":")
+        B, _, T = shape.partition("x")
+        made = cls(init, int(B), int(T), int(number) if number else rounds)
+        if not loading.is_preset(init):
+            raise ValueError(f"{init!r} is no preset with random weights: d12, d2, stories, tiny ...")
+        if min(made.B, made.T, made.rounds) < 1:
+            raise ValueError(f"{text}: sizes and rounds must be at least 1")
+        if made.T > preset(init).max_seq_len:
+            raise ValueError(f"{text}: {init} has {preset(init).max_seq_len} positions")
         return made
 
-    def _loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        from torch.nn import functional as F
 
-        p, C, H = self.p, self.config.channels, self.config.num_heads
-        B, T = tokens.shape
-
-        def norm(x: Tensor, name: str, layer: str = "") -> Tensor:
-            return F.layer_norm(x, (C,), p[f"{name}w{layer}"], p[f"{name}b{layer}"], LAYERNORM_EPS)
-
-        def linear(x: Tensor, name: str, layer: str) -> Tensor:
-            return F.linear(x, p[f"{name}w{layer}"], p[f"{name}b{layer}"])
-
-        x = F.embedding(tokens, p["wte"]) + p["wpe"][:T]
-        for i in range(self.config.num_layers):
-            at = f".{i}"
-            q, k, v = linear(norm(x, "ln1", at), "qkv", at).split(C, dim=2)
-            q, k, v = (part.view(B, T, H, C // H).transpose(1, 2) for part in (q, k, v))
-            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            x = x + linear(mixed.transpose(1, 2).reshape(B, T, C), "attproj", at)
-            hidden = F.gelu(linear(norm(x, "ln2", at), "fc", at), approximate="tanh")
-            x = x + linear(hidden, "fcproj", at)
-        logits = F.linear(norm(x, "lnf"), p["wte"])
-        return F.cross_entropy(logits.view(B * T, -1), targets.view(-1))
-
-    def step(self, number: int) -> tuple[float, list[float]]:
-        import torch
-
-        x, y = (torch.from_numpy(ids.astype(np.int64)) for ids in self.settings.batch(number))
-        times = [time.perf_counter()]
-        loss = self.loss(x, y)
-        value = loss.item()
-        times.append(time.perf_counter())
-        loss.backward()
-        times.append(time.perf_counter())
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        times.append(time.perf_counter())
-        return value, times
+def say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
 # ---- processes -------------------------------------------------------------------------------------
 
 
-def work(kind: str, settings: Settings, pipe: Connection) -> None:
-    """A worker: a number in, that step's loss and times out, until None comes; then its memory."""
-    if kind == "llmc":
-        ops.load("cpu")
-    else:
-        import torch  # noqa: F401  so that `before` holds the library
-    before = machine.memory()["now"]
-    program: Program = Llmc(settings) if kind == "llmc" else PyTorch(settings)
-    pipe.send("ready")
-    while (number := pipe.recv()) is not None:
-        pipe.send(program.step(number))
-    pipe.send({"before": before, "peak": machine.memory()["peak"]})
+class ProgramFailed(Exception):
+    """A process ended before its time."""
 
 
 class Worker:
-    def __init__(self, name: str, kind: str, settings: Settings) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.name = name
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=work, args=(kind, settings, theirs), daemon=True)
-        self.process.start()
-        theirs.close()  # so that its death is noticed
-        self.losses: list[float] = []
-        self.times: list[list[float]] = []
+    """A process of bench/programs.py.  Made, it has done step 0, and `start` says how many seconds that took."""
+
+    def __init__(self, name: str, settings: Settings, cache: Path) -> None:
+        self.name, self.settings = name, settings
+        self.answers: list[dict[str, Any]] = []
         self.memory: dict[str, float] = {}
-
-    def receive(self) -> Any:
+        # Compiled code of an earlier start would make this one look quicker than it is.
+        compiled = tempfile.mkdtemp(dir=cache)
+        began = time.perf_counter()
+        self.process = subprocess.Popen(
+            [sys.executable, str(HERE / "programs.py"), json.dumps(settings)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": compiled},
+        )  # fmt: skip
         try:
-            return self.pipe.recv()
-        except EOFError:
-            self.process.join()
-            sys.exit(f"bench: {self.name} ended with status {self.process.exitcode}")
+            self.answers.append(self._receive())
+        except BaseException:
+            self.kill()
+            raise
+        self.start = time.perf_counter() - began
 
-    def step(self, number: int, keep: bool) -> None:
-        self.pipe.send(number)
-        loss, times = self.receive()
-        self.losses.append(loss)
-        if keep:
-            self.times.append(times)
+    def _receive(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise ProgramFailed(f"{self.name} ended with status {self.process.wait()}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def step(self, number: int) -> float:
+        """One step; the seconds it took, for this process as a whole."""
+        assert self.process.stdin is not None
+        began = time.perf_counter()
+        try:
+            self.process.stdin.write(f"{number}\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            raise ProgramFailed(f"{self.name} ended with status {self.process.wait()}") from None
+        self.answers.append(self._receive())
+        return time.perf_counter() - began
 
     def finish(self) -> None:
-        self.pipe.send(None)
-        self.memory = self.receive()
-        self.process.join()
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.memory = self._receive()
+        self.process.wait()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    @property
+    def losses(self) -> list[float]:
+        return [answer["loss"] for answer in self.answers]
 
 
-def measure(args: argparse.Namespace, threads: int) -> list[Worker]:
-    """Run all programs, in turns.  Every round begins with another one of them."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = str(Path(folder) / "model.bin")
-        loading.save_bin(loading.load(args.init, seed=args.seed), path)
-        settings = Settings(args.init, args.batch_size, args.sequence_length, threads, args.seed, path)
-        kinds = [("llmc", "llmc", settings), ("PyTorch eager", "torch", settings)]
-        if args.torch_compile:
-            kinds.append(("PyTorch compile", "torch", settings._replace(compiled=True)))
-        workers = []
-        for name, kind, their in kinds:  # one after another: reading weights is work too
-            workers.append(Worker(name, kind, their))
-            workers[-1].receive()
-    for number in range(args.warmup + args.repeats):
-        first = number % len(workers)
-        for worker in workers[first:] + workers[:first]:
-            worker.step(number, keep=number >= args.warmup)
-    for worker in workers:
-        worker.finish()
-    return workers
+class Run:
+    """What all measurements share: the options, the model files, and what cannot be measured here, with the reason."""
+
+    def __init__(self, args: argparse.Namespace, threads: int, folder: Path) -> None:
+        self.args, self.threads, self.folder = args, threads, folder
+
+    def weights(self, init: str) -> Path:
+        """A model file, written on first use."""
+        path = self.folder / f"{init}.bin"
+        if not path.exists():
+            say(f"{path.name}: random weights, seed {self.args.seed}")
+            loading.save_bin(loading.load(init, seed=self.args.seed, threads=self.threads), path)
+        return path
+
+    def settings(self, program: str, c: Configuration, dtype: str) -> Settings:
+        config = preset(c.init)
+        common = {
+            "threads": self.threads, "weights": str(self.weights(c.init)), "seed": self.args.seed, "B": c.B, "T": c.T,
+            "dtype": dtype, "config": asdict(config),
+        }  # fmt: skip
+        if program.startswith("llmc"):
+            return {"kind": "llmc", "recompute": "block" if program == "llmc-block" else None, **common}
+        rows = [(row.name, row.shape, row.layers) for row in parameter_rows(config)]
+        return {"kind": "torch", "compiled": program == "compile", "rows": rows, **common}
+
+    def missing(self, program: str, dtype: str) -> str:
+        """Why a program cannot run; empty where it can."""
+        if program in ("eager", "compile") and machine.installed("torch") == "not installed":
+            return "PyTorch is not installed: pip install '.[reference]'"
+        if program == "compile" and not shutil.which(os.environ.get("CXX", "g++")):
+            return "torch.compile needs a C++ compiler (g++, or CXX)"
+        if program == "llmc-block" and "recompute" not in inspect.signature(GPT2.prepare).parameters:
+            return "this llmc cannot recompute activations"
+        if program.startswith("llmc") and dtype != "fp32" and "dtype" not in inspect.signature(loading.load).parameters:
+            return f"this llmc has no {dtype}"
+        return ""
+
+    def start(self, program: str, settings: Settings) -> Worker:
+        worker = Worker(program, settings, self.folder)
+        say(f"  {program}: {worker.start:.1f} s to the end of its first step")
+        return worker
 
 
-def largest_difference(workers: list[Worker]) -> float:
-    """Between llmc's loss and any other program's, over all steps; nan where a loss is."""
-    losses = np.array([worker.losses for worker in workers])
-    return float(np.max(np.abs(losses - losses[0])))
+# ---- measuring -------------------------------------------------------------------------------------
 
 
-# ---- the report ------------------------------------------------------------------------------------
+def take_turns(run: Run, c: Configuration, dtype: str, programs: list[str], failures: list[str]) -> list[Worker]:
+    """Workers after all their steps; every round begins with another one of them.  Those that failed are not among
+    them, but in `failures`."""
+    workers: list[Worker] = []
+    try:
+        for program in programs:  # one after another: a start is measured too
+            try:
+                workers.append(run.start(program, run.settings(program, c, dtype)))
+            except ProgramFailed as error:
+                failures.append(str(error))
+        workers.append(Worker("peaks", {"kind": "peaks", "threads": run.threads}, run.folder))
+
+        def each(workers: list[Worker], act: Callable[[Worker], float | None]) -> list[str]:
+            told = []
+            for worker in list(workers):
+                try:
+                    seconds = act(worker)
+                    told.append(f"{worker.name} {seconds:.2f} s" if seconds is not None else worker.name)
+                except ProgramFailed as error:
+                    failures.append(str(error))
+                    workers.remove(worker)
+            return told
+
+        for number in range(1, run.args.warmup + c.rounds):
+            first = number % len(workers) if workers else 0
+            workers[:] = workers[first:] + workers[:first]
+            told = each(workers, lambda worker: worker.step(number))  # noqa: B023  called at once
+            what = f"round {number - run.args.warmup + 1}/{c.rounds}" if number >= run.args.warmup else "warm-up"
+            say(f"  {what}: {', '.join(told)}")
+        each(workers, lambda worker: worker.finish())
+    finally:
+        for worker in workers:
+            if worker.process.poll() is None:
+                worker.kill()
+    order = [*programs, "peaks"]
+    return sorted(workers, key=lambda worker: order.index(worker.name))
 
 
-def summary(worker: Worker, ours: Worker, tokens: int) -> dict[str, Any]:
-    """A program's figures; times in ms."""
-    parts = 1e3 * np.diff(np.array(worker.times), axis=1)
-    steps, reference = parts.sum(axis=1), 1e3 * np.diff(np.array(ours.times), axis=1).sum(axis=1)
-    median = float(np.median(steps))
-    return {
-        "program": worker.name,
-        "median": median,
-        "min": float(steps.min()),
-        "quartiles": [float(q) for q in np.percentile(steps, [25, 75])],
-        "forward": float(np.median(parts[:, 0])),
-        "backward": float(np.median(parts[:, 1])),
-        "update": float(np.median(parts[:, 2])),
-        "tokens_per_second": 1e3 * tokens / median,
-        "ratio": statistics.median(steps / reference),
-        "peak_mib": worker.memory["peak"],
-        "before_mib": worker.memory["before"],
-        "steps_ms": [float(step) for step in steps],
-        "losses": worker.losses,
-    }
+def repeat_starts(run: Run, c: Configuration, workers: list[Worker], failures: list[str]) -> dict[str, list[float]]:
+    """Seconds from a process' start to the end of its first step, by program; `llmc random` makes its weights."""
+    settings = {worker.name: worker.settings for worker in workers if worker.name != "llmc-block"}
+    starts = {worker.name: [worker.start] for worker in workers if worker.name != "llmc-block"}
+    if "llmc" in settings:
+        settings["llmc random"] = {**settings["llmc"], "weights": c.init}
+        starts["llmc random"] = []
+    for _ in range(run.args.starts):
+        for program, seconds in starts.items():
+            if len(seconds) < run.args.starts and max(seconds, default=0.0) <= LONG_START:
+                try:
+                    worker = run.start(program, settings[program])
+                    worker.finish()
+                except ProgramFailed as error:
+                    failures.append(str(error))
+                else:
+                    seconds.append(worker.start)
+    return {program: seconds for program, seconds in starts.items() if seconds}
 
 
-COLUMNS = [
-    "program", "step, ms", "min", "quartiles", "forward", "backward", "update", "tok/s", "time / llmc's",
-    "peak MiB", "of which libraries",
-]  # fmt: skip
+def largest_difference(losses: dict[str, list[float]], reference: list[float]) -> float:
+    """Between the reference and any program, over the steps that both did; nan where a loss is."""
+    n = min(len(reference), *map(len, losses.values()))
+    return float(np.max(np.abs(np.array([their[:n] for their in losses.values()]) - np.array(reference[:n]))))
 
 
-def markdown(report: dict[str, Any]) -> str:
-    rows = [
-        [
-            row["program"], f"{row['median']:.1f}", f"{row['min']:.1f}",
-            " to ".join(f"{q:.1f}" for q in row["quartiles"]), f"{row['forward']:.1f}",
-            f"{row['backward']:.1f}", f"{row['update']:.1f}", f"{row['tokens_per_second']:.0f}",
-            f"{row['ratio']:.2f}", f"{row['peak_mib']:.0f}", f"{row['before_mib']:.0f}",
-        ]
-        for row in report["programs"]
-    ]  # fmt: skip
-    run = report["run"]
-    title = (
-        f"{run['init']}, B={run['B']}, T={run['T']}, fp32: medians of {run['repeats']} steps after "
-        f"{run['warmup']} for warming up; losses agree within {run['largest_difference']:.1e}."
-    )
-    facts = "; ".join(f"{name}: {value}" for name, value in report["machine"].items())
-    return f"{title}\n\n{machine.table(COLUMNS, rows)}\n\n{facts}"
+def measure(run: Run, c: Configuration, dtype: str, fp32_losses: list[float] | None) -> dict[str, Any]:
+    """One configuration in one type: its section of the report."""
+    say(f"{c.name} {dtype}: {c.rounds} rounds after {run.args.warmup} for warming up")
+    failures: list[str] = []
+    skipped: dict[str, str] = {}
+    wanted = []
+    for program in run.args.programs:
+        if program == "llmc-block" and c.T < LONG and not run.args.programs_given:
+            continue
+        if reason := run.missing(program, dtype):
+            skipped[PROGRAMS[program]] = reason
+        else:
+            wanted.append(program)
+    section: dict[str, Any] = {
+        "name": c.name, **c._asdict(), "dtype": dtype, "warmup": run.args.warmup, "skipped": skipped,
+        "failures": failures, "programs": [], "losses": {},
+    }  # fmt: skip
+    if not wanted:
+        return section
+    # Recomputing is about memory, so its process shares the machine with one llmc alone, not with PyTorch's.
+    blocks = "llmc-block" in wanted
+    workers = take_turns(run, c, dtype, [program for program in wanted if program != "llmc-block"], failures)
+    groups = [workers]
+    if blocks:
+        groups.append(take_turns(run, c, dtype, ["llmc", "llmc-block"], failures))
+    peaks = [answer for group in groups for worker in group if worker.name == "peaks" for answer in worker.answers]
+    trained = [worker for worker in workers if worker.name != "peaks"]
+    block = [worker for group in groups[1:] for worker in group if worker.name == "llmc-block"]
+    losses = section["losses"] = {worker.name: worker.losses for worker in trained + block}
+    if not losses:
+        return section
+    limit = LARGEST_DIFFERENCE if dtype == "fp32" else BF16_DIFFERENCE
+    if dtype != "fp32" and fp32_losses is not None:
+        apart, reference = "llmc's in fp32", fp32_losses
+    else:
+        first = "llmc" if "llmc" in losses else next(iter(losses))
+        apart, reference = f"{PROGRAMS[first]}'s", losses[first]
+    section |= {"difference": largest_difference(losses, reference), "limit": limit, "compared_with": apart}
+    if not section["difference"] <= limit:
+        failures.append(f"the losses differ by {section['difference']:.1e} from {apart}, so no times are given")
+        return section
+    section["starts"] = repeat_starts(run, c, trained, failures)
+    config = preset(c.init)
+    section |= report.ceiling(config, c.B, c.T, dtype, peaks)
+    for group, rows in ((groups[0], trained), (groups[-1], block)):
+        ours = next((worker.answers for worker in group if worker.name == "llmc"), None)
+        for worker in rows:
+            seconds = section["starts"].get(worker.name, [worker.start])
+            title = PROGRAMS[worker.name]
+            mine = report.Measured(title, worker.answers, ours, worker.memory, seconds, run.args.warmup)
+            section["programs"].append(report.summary(mine, section, c.B * c.T))
+    return section
+
+
+# ---- options ---------------------------------------------------------------------------------------
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--init", default="d12", help="a preset of llmc, weights random (d12)")
-    parser.add_argument("--batch-size", "-B", type=int, default=4, metavar="N", help="sequences (4)")
-    parser.add_argument("--sequence-length", "-T", type=int, default=64, metavar="N", help="tokens each (64)")
-    parser.add_argument("--repeats", type=int, default=15, metavar="N", help="steps that are timed (15)")
-    parser.add_argument("--warmup", type=int, default=3, metavar="N", help="steps before them (3)")
+    parser.add_argument(
+        "--configs", default=CONFIGURATIONS, metavar="LIST",
+        help=f"INIT:BxT=ROUNDS, separated by commas; INIT is a preset, =ROUNDS may be left out ({CONFIGURATIONS})",
+    )  # fmt: skip
+    parser.add_argument("--programs", metavar="LIST", help=f"of {','.join(PROGRAMS)}; llmc must be among them (all)")
+    parser.add_argument("--dtypes", default="fp32,bf16", metavar="LIST", help="of fp32, bf16 (both)")
+    parser.add_argument("--rounds", type=int, default=9, metavar="N", help="where a configuration has no =ROUNDS (9)")
+    parser.add_argument("--warmup", type=int, default=2, metavar="N", help="steps before them, the first included (2)")
+    parser.add_argument(
+        "--starts", type=int, default=3, metavar="N",
+        help=f"how often each program is started; one that takes over {LONG_START:.0f} s only once (3)",
+    )  # fmt: skip
     parser.add_argument("--threads", type=int, metavar="N", help="of each program (the physical cores)")
-    parser.add_argument("--torch-compile", action="store_true", help="PyTorch compiled too")
+    parser.add_argument("--device", choices=("cpu",), default="cpu", help="where (cpu, the only one)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and tokens (0)")
-    parser.add_argument("--output", "-o", choices=("md", "json"), default="md", help="format (md)")
+    parser.add_argument("--json-out", type=Path, metavar="FILE", help="results, written after each configuration")
+    report.add_output_options(parser)
     args = parser.parse_args()
-    for name in ("batch_size", "sequence_length", "repeats"):
+    args.programs_given = args.programs is not None
+    args.programs = (args.programs or ",".join(PROGRAMS)).split(",")
+    args.dtypes = args.dtypes.split(",")
+    for name, known in (("programs", PROGRAMS), ("dtypes", ("fp32", "bf16"))):
+        if wrong := [one for one in getattr(args, name) if one not in known]:
+            parser.error(f"--{name}: {wrong[0]!r} is unknown; choose from {', '.join(known)}")
+    if "llmc" not in args.programs:
+        parser.error("--programs: llmc must be among them, since the others are compared with it")
+    for name in ("rounds", "warmup", "starts"):
         if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')}: must be at least 1")
-    if args.warmup < 0:
-        parser.error("--warmup: must be at least 0")
-    if not loading.is_preset(args.init):
-        parser.error(f"--init: {args.init!r} is no preset with random weights: d12, d2, stories, tiny ...")
+            parser.error(f"--{name}: must be at least 1")
+    try:
+        args.configs = [Configuration.parse(text, args.rounds) for text in args.configs.split(",")]
+    except (ValueError, LlmcError) as error:
+        parser.error(f"--configs: {error}; INIT:BxT=ROUNDS is wanted, such as d12:4x64=9")
+    # fp32 first: its losses judge bf16's.
+    args.dtypes.sort(reverse=True)
     return args
 
 
 def main() -> None:
     args = arguments()
-    if machine.installed("torch") == "not installed":
-        sys.exit("bench: PyTorch is not installed: pip install '.[reference]'")
     try:
-        config: Config = preset(args.init)
         facts = machine.facts(args.threads)
-        if args.sequence_length > config.max_seq_len:
-            sys.exit(f"bench: --sequence-length: {args.init} has {config.max_seq_len} positions")
-        workers = measure(args, facts["threads"])
     except LlmcError as error:
         sys.exit(f"bench: {error}")
-    difference = largest_difference(workers)
-    if not difference <= LARGEST_DIFFERENCE:
-        lines = [f"{worker.name}: {', '.join(f'{loss:.6f}' for loss in worker.losses)}" for worker in workers]
-        sys.exit("\n".join([f"bench: the losses differ by {difference:.1e}, so no times are given", *lines]))
-    tokens = args.batch_size * args.sequence_length
-    report = {
-        "run": {
-            "init": args.init, "parameters": config.num_parameters, "B": args.batch_size,
-            "T": args.sequence_length, "repeats": args.repeats, "warmup": args.warmup,
-            "largest_difference": difference, **RECIPE,
-        },
-        "machine": facts,
-        "programs": [summary(worker, workers[0], tokens) for worker in workers],
-    }  # fmt: skip
-    print(json.dumps(report, indent=2) if args.output == "json" else markdown(report))
+    result: dict[str, Any] = {"machine": facts, "recipe": RECIPE, "seed": args.seed, "configurations": []}
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(args, facts["threads"], Path(folder))
+        for c in args.configs:
+            fp32_losses = None
+            for dtype in args.dtypes:
+                section = measure(run, c, dtype, fp32_losses)
+                if dtype == "fp32":
+                    fp32_losses = section["losses"].get("llmc")
+                result["configurations"].append(section)
+                for failure in section["failures"]:
+                    say(f"FAILED: {c.name} {dtype}: {failure}")
+                if args.json_out:
+                    report.write_whole(args.json_out, json.dumps(result, indent=2) + "\n")
+    report.output(result, args)
+    if any(section["failures"] for section in result["configurations"]):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

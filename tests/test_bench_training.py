@@ -1,0 +1,163 @@
+"""bench/training.py: its arithmetic, and a small run of the real thing."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llmc.gpt2 import Config, preset
+
+BENCH = Path(__file__).resolve().parent.parent / "bench"
+
+
+@pytest.fixture
+def report(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCH))
+    import report
+
+    return report
+
+
+@pytest.fixture
+def training(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCH))
+    import training
+
+    return training
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(BENCH / "training.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+
+
+def test_flops_are_those_of_every_product(report: Any) -> None:
+    """Counted product by product: 2 M N K forward, twice that backward; of attention's scores half, as causal."""
+    config, B, T = Config(max_seq_len=9, vocab_size=11, num_layers=3, num_heads=2, channels=4), 2, 5
+    C, M = config.channels, B * T
+    linear = [(M, 3 * C, C), (M, C, C), (M, 4 * C, C), (M, C, 4 * C)]
+    layer = sum(2 * m * n * k for m, n, k in linear)
+    heads = config.num_heads
+    layer += B * heads * 2 * (2 * T * T * (C // heads)) / 2
+    head = 2 * M * config.vocab_size * C
+    assert report.ceiling(config, B, T, "fp32", [])["flops"] == 3 * (config.num_layers * layer + head)
+
+
+def test_roofline_is_products_and_traffic(report: Any) -> None:
+    config = preset("tiny")
+    peaks = [{"fp32": 1e9, "bf16": 8e9, "stream": 1e9}, {"fp32": 2e9, "bf16": 4e9, "stream": 2e9}]
+    found = report.ceiling(config, 2, 8, "bf16", [*peaks, {"fp32": 9e9, "bf16": 5e9, "stream": 4e9}])
+    seconds = found["flops"] / 5e9 + 28 * config.num_parameters / 2e9
+    assert found["roofline_ms"] == pytest.approx(1e3 * seconds, rel=1e-12)
+    assert "roofline_ms" not in report.ceiling(config, 2, 8, "bf16", [])
+
+
+def test_summary_compares_rounds_not_medians(report: Any) -> None:
+    def answers(*seconds: float) -> list[dict[str, Any]]:
+        return [{"loss": 1.0, "forward": s, "backward": 2 * s, "update": s} for s in seconds]
+
+    # The first answer is for warming up.  Ratios of the rounds: 3, 1, 5; of the medians: 2.
+    ours, theirs = answers(9.0, 0.1, 0.4, 0.2), answers(9.0, 0.3, 0.4, 1.0)
+    memory = {"libraries": 10.0, "peak": 20.0}
+    section = {"flops": 1.2e9, "peak": 1e9, "roofline_ms": 1200.0}
+    row = report.summary(report.Measured("them", theirs, ours, memory, [3.0, 1.0, 2.0], 1), section, 24)
+    assert row["step"] == pytest.approx(1600.0)
+    assert (row["forward"], row["backward"], row["update"]) == pytest.approx((400.0, 800.0, 400.0))
+    assert row["ratio"] == pytest.approx(3.0)
+    assert row["mfu"] == pytest.approx(0.75)
+    assert row["roofline"] == pytest.approx(0.75)
+    assert row["tokens_per_second"] == pytest.approx(15.0)
+    assert row["start"] == 2.0
+    assert (row["peak_mib"], row["library_mib"]) == (20.0, 10.0)
+
+
+def test_differences_of_losses(training: Any) -> None:
+    def difference(losses: list[float]) -> float:
+        value: float = training.largest_difference({"llmc": [1.0, 2.0, 3.0], "them": losses}, [1.0, 2.0, 3.0])
+        return value
+
+    assert difference([1.0, 2.5, 3.0]) == 0.5
+    assert difference([1.0, 2.0]) == 0.0
+    assert np.isnan(difference([1.0, float("nan"), 3.0]))
+
+
+def test_configurations(training: Any) -> None:
+    parsed = training.Configuration.parse("d2:3x16=5", 9)
+    assert (parsed.init, parsed.B, parsed.T, parsed.rounds) == ("d2", 3, 16, 5)
+    assert training.Configuration.parse("d2:3x16", 9).rounds == 9
+    for text in ("d2", "d2:3", "d2:0x4", "d2:1x1025", "gpt2:1x4", "d2:1x4=0"):
+        with pytest.raises(ValueError):
+            training.Configuration.parse(text, 9)
+
+
+def test_llmc_alone_in_every_format(tmp_path: Path, report: Any) -> None:
+    kept = tmp_path / "run.json"
+    done = run(
+        "--configs", "tiny:2x8=2,tiny:1x5", "--rounds", "1", "--programs", "llmc", "--dtypes", "fp32", "--starts", "2",
+        "--threads", "1", "-o", "csv", "--json-out", str(kept),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader(done.stdout.splitlines()))
+    assert [(row["init"], row["B"], row["T"], row["program"]) for row in rows] == [
+        ("tiny", "2", "8", "llmc"), ("tiny", "1", "5", "llmc"),
+    ]  # fmt: skip
+    result = json.loads(kept.read_text())
+    first, second = result["configurations"]
+    assert (len(first["programs"][0]["steps_ms"]), len(second["programs"][0]["steps_ms"])) == (2, 1)
+    assert len(first["starts"]["llmc"]) == len(first["starts"]["llmc random"]) == 2
+    # A model of 257 bytes that knows nothing.
+    assert abs(first["losses"]["llmc"][0] - np.log(257)) < 0.1
+    text = report.markdown(result)
+    assert "### tiny, B=2, T=8, fp32" in text
+    assert text.count("| llmc ") == 2
+
+
+@pytest.mark.skipif(find_spec("torch") is None, reason="PyTorch is not installed")
+@pytest.mark.heavy
+def test_pytorch_sees_what_llmc_sees(tmp_path: Path) -> None:
+    """The same losses from the same file and batches, in fp32 and, within its own limit, in bf16."""
+    kept = tmp_path / "run.json"
+    arguments = ("--configs", "tiny:2x8=2", "--programs", "llmc,eager", "--starts", "1", "--threads", "1")
+    done = run(*arguments, "--json-out", str(kept), "-o", "json")
+    assert done.returncode == 0, done.stderr
+    fp32, bf16 = json.loads(done.stdout)["configurations"]
+    assert json.loads(kept.read_text())["configurations"] == [fp32, bf16]
+    assert [row["program"] for row in fp32["programs"]] == ["llmc", "PyTorch eager"]
+    assert fp32["difference"] < 1e-5
+    assert fp32["losses"]["eager"][0] != fp32["losses"]["eager"][1]
+    assert 0.0 < bf16["difference"] < 1e-2
+    assert fp32["programs"][1]["peak_mib"] > fp32["programs"][1]["library_mib"] > 0.0
+
+
+@pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is not installed")
+def test_plot(tmp_path: Path, report: Any) -> None:
+    program = {"program": "llmc", "forward": 1.0, "backward": 2.0, "update": 0.5, "ratio": 1.0}
+    section = {"init": "tiny", "B": 1, "T": 2, "dtype": "fp32", "programs": [program], "roofline_ms": 1.0}
+    result = {"machine": {"processor": "p", "threads": 1, "commit": "c"}, "configurations": [section] * 3}
+    report.plot(result, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--programs", "eager"], "llmc must be among them"),
+        (["--programs", "llmc,jax"], "'jax' is unknown"),
+        (["--dtypes", "fp8"], "'fp8' is unknown"),
+        (["--configs", "d2:4"], "INIT:BxT=ROUNDS is wanted"),
+        (["--rounds", "0"], "--rounds: must be at least 1"),
+    ],
+)
+def test_options_are_checked(arguments: list[str], said: str) -> None:
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
