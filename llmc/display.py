@@ -248,6 +248,7 @@ def print_info(stream: TextIO, device: str = "cpu", isa: str | None = None, thre
     info = ops.load(device, isa=isa, threads=threads).info()  # type: ignore[attr-defined]
     rows["instruction set"] = f"{info['isa']} in use; {', '.join(info['isas'])} available"
     rows["threads"] = str(info["threads"])
+    rows["waiting threads"] = info["waiting"]
     rows["OpenMP"] = f"specification {info['openmp']}" if info["openmp"] else "built without: one thread"
     for name in ("numpy", *OPTIONAL):
         try:

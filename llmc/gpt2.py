@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,6 @@ from llmc.ops import Ops
 
 LAYERNORM_EPS = 1e-5
 INIT_STD = 0.02
-INIT_CHUNK = 1 << 20  # elements drawn from one counter: fixed, so the values do not depend on threads
 
 
 @dataclass(frozen=True)
@@ -184,32 +182,19 @@ class GPT2:
         """GPT-2's random initialisation: N(0, 0.02) for matrices, the two projections into the residual
         stream scaled by 1/sqrt(2L), biases 0, norm weights 1, padded rows of wte 0.
 
-        Drawn in fixed chunks from a counter-based generator, so `seed` alone decides the values.  ConfigError
-        for a negative seed or one of more than 64 bits.
+        Every tensor has its own stream of `Ops.normal`, so `seed` alone decides the values.  ConfigError for a
+        negative seed or one of more than 64 bits.
         """
         if not 0 <= seed < 1 << 64:
             raise ConfigError("seed", f"must be from 0 to 2^64 - 1, got {seed}")
         L, V = self.config.num_layers, self.config.vocab_size
-        jobs: list[tuple[Array, int, int, float]] = []
-        for index, (row, tensor) in enumerate(self.params):
+        for stream, (row, tensor) in enumerate(self.params):
             if len(row.shape) == 1:
                 tensor[...] = 1.0 if row.name in ("ln1w", "ln2w", "lnfw") else 0.0
                 continue
             std = INIT_STD / math.sqrt(2 * L) if row.name in ("attprojw", "fcprojw") else INIT_STD
-            flat = tensor[:V].reshape(-1) if row.name == "wte" else tensor.reshape(-1)
-            jobs += [
-                (flat[start : start + INIT_CHUNK], index, start // INIT_CHUNK, std)
-                for start in range(0, flat.size, INIT_CHUNK)
-            ]
+            self.ops.normal(tensor[:V] if row.name == "wte" else tensor, seed, stream, std)
         self.params.wte[V:] = 0.0
-
-        def draw(job: tuple[Array, int, int, float]) -> None:
-            chunk, tensor, number, std = job
-            generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, number, tensor]))
-            chunk[...] = std * generator.standard_normal(chunk.size, dtype=np.float32)
-
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(draw, jobs))
 
     def prepare(self, B: int, T: int) -> None:
         """Allocate what training on batches of (B, T) needs, so that the first step allocates nothing.

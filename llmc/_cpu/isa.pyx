@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 
+from llmc._cpu import waiting
 from llmc.errors import ConfigError
 
 cdef extern from "simd/dispatch.h":
@@ -104,12 +105,13 @@ def activate(name, count):
 
 
 def info():
-    """What is active: isa, tile, threads, and the OpenMP specification's date (0: built without)."""
+    """What is active: isa, tile, threads, how they wait, and the OpenMP specification's date (0: built without)."""
     return {
         "isa": kernels.name.decode(),
         "isas": isas(),
         "tile": (kernels.tile_rows, kernels.tile_columns),
         "threads": threads,
+        "waiting": waiting.described(),
         "openmp": llmc_openmp(),
     }
 

@@ -3,6 +3,7 @@
 
 #include "gemm.h"
 #include "map.h"
+#include "philox.h"
 #include "row.h"
 
 #define JOIN_(a, b) a##b
@@ -31,4 +32,5 @@ const Kernels JOIN(kernels_, ISA_NAME) = {
     .dot_span = dot_span,
     .adamw_span = adamw_span,
     .column_sum = column_sum,
+    .normal_span = normal_span,
 };
