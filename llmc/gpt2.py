@@ -7,7 +7,7 @@ The model owns arenas and calls `ops`; it knows nothing of files, optimisers or 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,20 +163,38 @@ def decode_rows(config: Config, B: int, T: int, dtype: str = "float32") -> list[
 class GPT2:
     """Parameters (zero until `initialise` or a checkpoint fills them) and, after `prepare`, what training needs.
 
-    `dtype` is the storage type of every arena.  `tokenizer` is the caller's to set; the model ignores it.
+    `dtype` is the storage type of every arena.  `tokenizer` is the caller's to set, or to promise with
+    `tokenizer_later`; the model ignores it.
     """
 
     def __init__(self, config: Config, ops: Ops, dtype: str = "float32") -> None:
         self.config = config
         self.ops = ops
         self.dtype = dtype
-        self.tokenizer: Any = None
+        self.tokenizer = None
         self.params = Arena(parameter_rows(config, dtype), ops.empty)
         self.grads: Arena | None = None
         self.acts: Arena | None = None
         self._scratch: Arena | None = None
         parameters = self.params.nbytes // self.params.wte.itemsize
         ops.reserve(channels=config.channels, vocab_size=config.vocab_size, parameters=parameters)
+
+    @property
+    def tokenizer(self) -> Any:
+        """What turns text into this model's tokens and back, or None."""
+        if self._promised is not None:
+            self.tokenizer = self._promised()
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._promised: Callable[[], Any] | None = None
+
+    def tokenizer_later(self, load: Callable[[], Any]) -> None:
+        """`load()` gives the tokenizer, when it is first asked for: a vocabulary takes longer to read than all else
+        before the first step, and most runs of the weights alone need none."""
+        self._promised = load
 
     def initialise(self, seed: int) -> None:
         """GPT-2's random initialisation: N(0, 0.02) for matrices, the two projections into the residual
