@@ -141,7 +141,6 @@ class Display:
         self.line("---")
 
     def _step(self, event: Step) -> None:
-        age = process_age()
         self.done = event.step + 1
         # The first step touches new memory and the rest do not, so it soon stops counting.
         self._seconds = event.seconds if event.step < 2 else 0.9 * self._seconds + 0.1 * event.seconds
@@ -159,7 +158,7 @@ class Display:
         if due or time.monotonic() - self._last_line >= QUIET_SECONDS:
             self.line(f"step {event.step}: train loss {event.loss:.6f} (took {event.seconds * 1000:.1f} ms)")
         if event.step == 0:
-            self.line(f"first step done {age:.2f} s after the process started")
+            self.line(f"first step done {process_age():.2f} s after the process started")
 
     def _saved(self, event: Saved) -> None:
         self.line(f"model, run.toml and metrics.jsonl saved in {event.folder}")
