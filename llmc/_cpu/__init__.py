@@ -6,9 +6,9 @@ one thread.
 
 from __future__ import annotations
 
-from llmc._cpu import waiting
+from llmc._cpu.waiting import policy
 
-with waiting.policy():  # OpenMP's library is loaded here, and reads how its threads shall wait
+with policy():  # OpenMP's library is loaded here, and reads how its threads shall wait
     from llmc._cpu.activation import gelu_backward, gelu_forward, residual_forward, zero
     from llmc._cpu.attention import attention_backward, attention_decode, attention_forward
     from llmc._cpu.embed import embedding_backward, embedding_forward

@@ -26,13 +26,20 @@ cdef extern from *:
     #else
     static void llmc_pause_threads(void) {}
     #endif
+    static void llmc_start_openmp(void) { (void)omp_get_max_threads(); }
     #else
     static int llmc_openmp(void) { return 0; }
     static void llmc_pause_threads(void) {}
+    static void llmc_start_openmp(void) {}
     #endif
     """
     int llmc_openmp()
     void llmc_pause_threads()
+    void llmc_start_openmp()
+
+# LLVM's library reads the environment at its first call, not when it is loaded: this is the call, while
+# `waiting.policy` holds.
+llmc_start_openmp()
 
 kernels = NULL
 threads = 1
@@ -111,7 +118,7 @@ def info():
         "isas": isas(),
         "tile": (kernels.tile_rows, kernels.tile_columns),
         "threads": threads,
-        "waiting": waiting.described(),
+        "waiting": waiting.described() if llmc_openmp() else "one thread has nothing to wait for",
         "openmp": llmc_openmp(),
     }
 

@@ -2,8 +2,8 @@
 
 The regions of a step follow one another within microseconds; a sleeping thread would cost each of them tens of
 microseconds to wake, a thread that spins for ever takes a core from whoever needs it.  The OpenMP libraries have that
-rule but read its length from the environment, once, when they are loaded.  So this module is built without OpenMP,
-and `policy` sets the environment while the package loads the extensions that need it.
+rule but read its length from the environment, once, when they start.  So this module is built without OpenMP, and
+`policy` sets the environment while the package loads the extensions that need it.
 
 LLVM's library counts milliseconds (KMP_BLOCKTIME).  GNU's counts turns of a loop (GOMP_SPINCOUNT) around the CPU's
 pause instruction, whose time differs between CPUs by a factor of forty: it is measured.  With more threads than CPUs
