@@ -19,6 +19,7 @@ import re
 import secrets
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -38,6 +39,8 @@ MODEL_DTYPES = {1: np.dtype("<f4"), 3: np.dtype("<f4"), 5: np.dtype(ml_dtypes.bf
 DEBUG_VERSIONS = {1: 1, 3: 2, 5: 2}  # model version -> the debug state that goes with it
 PADDED = "wte"  # the one tensor whose first axis is the vocabulary
 CHUNK = 1 << 22  # elements converted at a time
+SLICE = 8 << 20  # bytes read at a time by one of so many threads:
+READERS = max(1, min(4, os.cpu_count() or 1))
 
 # What other files of the family begin with, for a helpful message.
 MAGICS = {
@@ -108,18 +111,34 @@ class _File:
             flat[start : start + part.size] = part
 
     def _into(self, field: str, offset: int, flat: Array) -> None:
+        """Large tensors in slices, by several threads: one cannot copy as fast as memory can take it."""
         target = flat.view(np.uint8).data
+        if len(target) <= SLICE or not hasattr(os, "preadv"):
+            self._slice(field, offset, target)
+            return
+        with ThreadPoolExecutor(min(READERS, len(target) // SLICE + 1)) as pool:
+            starts = range(0, len(target), SLICE)
+            for _ in pool.map(lambda start: self._slice(field, offset + start, target[start : start + SLICE]), starts):
+                pass
+
+    def _slice(self, field: str, offset: int, target: memoryview) -> None:
         done = 0
         try:
-            self._file.seek(offset)
-            while done < len(target):  # one read() gives at most 2 GiB
-                count = self._file.readinto(target[done:])
+            while done < len(target):
+                count = self._read_at(offset + done, target[done:])
                 if not count:
                     missing = len(target) - done
                     raise FileFormatError(self.path, field, f"the file ends {missing} bytes too early")
                 done += count
         except OSError as error:
             raise FileFormatError(self.path, field, f"cannot be read: {error.strerror}") from error
+
+    def _read_at(self, offset: int, target: memoryview) -> int:
+        """Bytes read, at most 2 GiB at a time."""
+        if hasattr(os, "preadv"):
+            return os.preadv(self._file.fileno(), [target], offset)
+        self._file.seek(offset)
+        return self._file.readinto(target)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ Whatever a model writes may hold any byte; on a terminal its control characters 
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Iterable
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 STEP_LINES = 50  # about as many steps as this get a line of their own
 QUIET_SECONDS = 10.0  # but after so long a silence the next one does anyway
+IMPORTED = time.monotonic()
 REFRESH_SECONDS = 0.1  # between two drawings of the status line: steps of a small model are shorter
 # C0 but for tab and newline, DEL, C1, and the marks that reorder or hide text on the screen.
 UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
@@ -53,6 +55,18 @@ def count(number: float) -> str:
         if number >= limit:
             return f"{number / limit:.1f}{unit}"
     return f"{number:.0f}"
+
+
+def process_age() -> float:
+    """Seconds since this process was started, the interpreter's own start-up included; where the system does not tell
+    (it is not Linux), since this module was imported."""
+    try:
+        with open("/proc/self/stat", "rb") as file:
+            # The name in brackets may hold anything; after it, the twentieth field is the start, in ticks since boot.
+            ticks = int(file.read().rpartition(b")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (AttributeError, IndexError, OSError, ValueError):
+        return time.monotonic() - IMPORTED
 
 
 class Display:
@@ -145,6 +159,8 @@ class Display:
         due = event.step % every == 0 or self.done == self.steps
         if due or time.monotonic() - self._last_line >= QUIET_SECONDS:
             self.line(f"step {event.step}: train loss {event.loss:.6f} (took {event.seconds * 1000:.1f} ms)")
+        if event.step == 0:
+            self.line(f"first step done {process_age():.2f} s after the process started")
 
     def _profile(self, event: Profile) -> None:
         if self._progress is not None:
@@ -304,6 +320,7 @@ def print_info(stream: TextIO, device: str = "cpu", isa: str | None = None, thre
     info = ops.load(device, isa=isa, threads=threads).info()
     rows["instruction set"] = f"{info['isa']} in use; {', '.join(info['isas'])} available"
     rows["threads"] = str(info["threads"])
+    rows["waiting threads"] = info["waiting"]
     rows["OpenMP"] = f"specification {info['openmp']}" if info["openmp"] else "built without: one thread"
     for name in ("numpy", *OPTIONAL):
         try:

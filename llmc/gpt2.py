@@ -7,8 +7,7 @@ The model owns arenas and calls `ops`; it knows nothing of files, optimisers or 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +19,6 @@ from llmc.ops import Ops
 
 LAYERNORM_EPS = 1e-5
 INIT_STD = 0.02
-INIT_CHUNK = 1 << 20  # elements drawn from one counter: fixed, so the values do not depend on threads
-INIT_PIECE = 1 << 14  # of them at a time: what threads free they keep, and larger pieces added 50 MiB to the process
 
 # What the backward pass makes again, by mode: these rows of `activation_rows` exist once and not per layer.  A norm's
 # statistics come with it, so keeping them would save nothing.
@@ -200,7 +197,7 @@ class GPT2:
     """Parameters (zero until `initialise` or a checkpoint fills them) and, after `prepare`, what training needs.
 
     `dtype` is the storage type of every arena, `recompute` the mode that `prepare` was given.  `tokenizer` is
-    the caller's to set; the model ignores it.
+    the caller's to set, or to promise with `tokenizer_later`; the model ignores it.
     """
 
     def __init__(self, config: Config, ops: Ops, dtype: str = "float32") -> None:
@@ -208,45 +205,47 @@ class GPT2:
         self.ops = ops
         self.dtype = dtype
         self.recompute = "none"
-        self.tokenizer: Any = None
+        self.tokenizer = None
         self.params = Arena(parameter_rows(config, dtype), ops.empty)
         self.grads: Arena | None = None
         self.acts: Arena | None = None
         self._scratch: Arena | None = None
         ops.reserve(**workspace(config, dtype))
 
+    @property
+    def tokenizer(self) -> Any:
+        """What turns text into this model's tokens and back, or None."""
+        if self._promised is not None:
+            self.tokenizer = self._promised()
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._promised: Callable[[], Any] | None = None
+
+    def tokenizer_later(self, load: Callable[[], Any]) -> None:
+        """`load()` gives the tokenizer, when it is first asked for: a vocabulary takes longer to read than all else
+        before the first step, and most runs of the weights alone need none."""
+        self._promised = load
+
     def initialise(self, seed: int) -> None:
         """GPT-2's random initialisation: N(0, 0.02) for matrices, the two projections into the residual
         stream scaled by 1/sqrt(2L), biases 0, norm weights 1, padded rows of wte 0.
 
-        Drawn in fixed chunks from a counter-based generator, so `seed` alone decides the values.  ConfigError
-        for a negative seed or one of more than 64 bits.
+        Every tensor has its own stream of `Ops.normal`, so `seed` alone decides the values.  ConfigError for a
+        negative seed or one of more than 64 bits.
         """
         if not 0 <= seed < 1 << 64:
             raise ConfigError("seed", f"must be from 0 to 2^64 - 1, got {seed}")
         L, V = self.config.num_layers, self.config.vocab_size
-        jobs: list[tuple[Array, int, int, float]] = []
-        for index, (row, tensor) in enumerate(self.params):
+        for stream, (row, tensor) in enumerate(self.params):
             if len(row.shape) == 1:
                 tensor[...] = 1.0 if row.name in ("ln1w", "ln2w", "lnfw") else 0.0
                 continue
             std = INIT_STD / math.sqrt(2 * L) if row.name in ("attprojw", "fcprojw") else INIT_STD
-            flat = tensor[:V].reshape(-1) if row.name == "wte" else tensor.reshape(-1)
-            jobs += [
-                (flat[start : start + INIT_CHUNK], index, start // INIT_CHUNK, std)
-                for start in range(0, flat.size, INIT_CHUNK)
-            ]
+            self.ops.normal(tensor[:V] if row.name == "wte" else tensor, seed, stream, std)
         self.params.wte[V:] = 0.0
-
-        def draw(job: tuple[Array, int, int, float]) -> None:
-            chunk, tensor, number, std = job
-            generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, number, tensor]))
-            for start in range(0, chunk.size, INIT_PIECE):
-                piece = chunk[start : start + INIT_PIECE]
-                piece[...] = std * generator.standard_normal(piece.size, dtype=np.float32)
-
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(draw, jobs))
 
     def prepare(self, B: int, T: int, recompute: str = "none") -> None:
         """Allocate what training on batches of (B, T) needs, so that the first step allocates nothing.

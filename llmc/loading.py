@@ -55,7 +55,7 @@ def load(
         config = replace(config, **{field: value for field, value in changes.items() if value is not None})
         model = GPT2(config, backend)
         model.initialise(seed)
-        model.tokenizer = _tokenizer_or_none(TOKENIZERS.get(config.vocab_size))
+        _promise_tokenizer(model, TOKENIZERS.get(config.vocab_size))
         return model
     path = locate(name)
     model = _from_folder(path, backend) if path.is_dir() else _from_file(path, backend)
@@ -122,7 +122,7 @@ def _from_file(path: Path, ops: Ops) -> GPT2:
     dimensions = _read_header(path)
     model = GPT2(config_of(dimensions), ops)
     checkpoint.read_model(path, dimensions, model.params)
-    model.tokenizer = _tokenizer_or_none(TOKENIZERS.get(model.config.vocab_size))
+    _promise_tokenizer(model, TOKENIZERS.get(model.config.vocab_size))
     return model
 
 
@@ -130,13 +130,19 @@ def _from_folder(folder: Path, ops: Ops) -> GPT2:
     dimensions, name = checkpoint.read_folder_config(folder)
     V = dimensions.vocab_size
     checkpoint.check_folder(folder, rows_for(dimensions), V)  # before a wrong config.json allocates terabytes
-    tokenizer = _tokenizer_or_none(_tokenizer_in(folder, name) or TOKENIZERS.get(V))
-    if tokenizer is not None and tokenizer.vocab_size > V:
-        detail = f"{name!r} has {tokenizer.vocab_size} entries, the model {V}"
+    source = _tokenizer_in(folder, name) or TOKENIZERS.get(V)
+    sizes = {known: size for size, known in TOKENIZERS.items()}
+    file = tokenizers.load(source) if source is not None and source not in sizes else None
+    size = sizes.get(source or "", 0) if file is None else file.vocab_size
+    if size > V:
+        detail = f"{name!r} has {size} entries, the model {V}"
         raise FileFormatError(folder / checkpoint.CONFIG_FILE, checkpoint.TOKENIZER_FIELD, detail)
     model = GPT2(config_of(dimensions), ops)
     checkpoint.read_folder(folder, model.params, V)
-    model.tokenizer = tokenizer
+    if file is None:
+        _promise_tokenizer(model, source)
+    else:
+        model.tokenizer = file
     return model
 
 
@@ -183,14 +189,17 @@ def _tokenizer_in(folder: Path, name: str | None) -> str | None:
     return str(folder / name)
 
 
-def _tokenizer_or_none(name: str | None) -> Any:
-    """A model is of use without a tokenizer whose vocabulary cannot be fetched just now."""
-    if name is None:
-        return None
-    try:
-        return tokenizers.load(name)
-    except (DownloadError, MissingDependencyError):
-        return None
+def _promise_tokenizer(model: GPT2, name: str | None) -> None:
+    """The tokenizer `name`, when it is asked for; a model is of use without one that cannot be fetched then."""
+
+    def load() -> Any:
+        try:
+            return tokenizers.load(cast(str, name))
+        except (DownloadError, MissingDependencyError):
+            return None
+
+    if name is not None:
+        model.tokenizer_later(load)
 
 
 # ---- saving ----------------------------------------------------------------------------------------

@@ -62,6 +62,22 @@ class Ops(Protocol):
         "shared" is one buffer for all threads, "threads" what they have of their own, all together.
         """
 
+    # ---- random numbers ----------------------------------------------------------------------------
+
+    def normal(self, out: Array, seed: int, stream: int, std: float) -> None:
+        """out = std * N(0, 1), for a float32 array of any shape, seen as one vector; `seed` and `stream` in [0, 2^64).
+
+        Element i depends on (seed, stream, i) alone.  The integers are the same on every device.  With
+        i = 64 g + 16 j + l (j < 4, l < 16), the four words w of Philox4x32-10 (Salmon et al. 2011) for the key
+        (seed mod 2^32, seed div 2^32) and the counter (b mod 2^32, b div 2^32, stream mod 2^32,
+        stream div 2^32), b = 16 g + l, make two pairs; words (w0, w1) give j = 0, 1, words (w2, w3) j = 2, 3:
+
+            u = max(w0 rounded to float32, 1/2) / 2^32;  x = (w1 div 2^8) / 2^23 - 1   (both exact)
+            r = sqrt(-2 log u);  std * r * cos(pi x),  std * r * sin(pi x)             (Box & Muller 1958)
+
+        What follows u and x may be rounded as the device likes, within 18 units of 2^-24 of each value.
+        """
+
     # ---- embedding ---------------------------------------------------------------------------------
 
     def embedding_forward(self, out: Array, tokens: Array, wte: Array, wpe: Array, V: int, position: int) -> None:

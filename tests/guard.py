@@ -86,6 +86,7 @@ def summed(n: int) -> float:
 # starts from what is there.
 OUTPUTS: dict[str, dict[str, str]] = {
     "zero": {"x": "write"},
+    "normal": {"out": "write"},
     "embedding_forward": {"out": "write"},
     "embedding_backward": {"dwte": "update", "dwpe": "sum"},
     "layernorm_forward": {"out": "write", "mean": "write", "rstd": "write"},
@@ -239,6 +240,7 @@ def example(op: str, rng: Generator, s: Sizes, accumulate: bool = True) -> Argum
         return dict(zip(names(op), (new(B, T, 3 * C), new(*channels), qkv, out, lse), strict=True))
     values: dict[str, Callable[[], tuple[Any, ...]]] = {
         "zero": lambda: (new(*channels),),
+        "normal": lambda: (new(*channels), 3, 5, 0.5),
         "embedding_forward": lambda: (new(*channels), ids, new(*table), new(*positions), V, s.maxT - T),
         "embedding_backward": lambda: (new(*table), new(*positions), new(*channels), ids, accumulate),
         "layernorm_forward": lambda: (

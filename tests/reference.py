@@ -13,6 +13,7 @@ output is written, so the contract's aliasing rules hold without further thought
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,43 @@ def reserve(channels: int, vocab_size: int, parameters: int) -> None:
     pass
 
 
+# ---- random numbers --------------------------------------------------------------------------------
+
+
+def philox(counter: Sequence[Array], key: tuple[int, int]) -> list[Array]:
+    """Philox4x32-10 (Salmon et al. 2011): four words, as uint64 arrays, of the counter's four and the key's two."""
+    c = [np.asarray(word, np.uint64) for word in counter]
+    low, half = np.uint64(0xFFFFFFFF), np.uint64(32)
+    for number in range(10):
+        k0, k1 = ((key[i] + number * (0x9E3779B9, 0xBB67AE85)[i]) % 2**32 for i in (0, 1))
+        first, second = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
+        c = [
+            (second >> half) ^ c[1] ^ np.uint64(k0), second & low,
+            (first >> half) ^ c[3] ^ np.uint64(k1), first & low,
+        ]  # fmt: skip
+    return c
+
+
+def normal_inputs(n: int, seed: int, stream: int) -> tuple[Array, Array, Array]:
+    """u and x of `normal`'s first n elements, and whether each takes the cosine."""
+    i = np.arange(n, dtype=np.uint64)
+    place, word, block = i % 16, i // 16 % 4, i // 64
+    b = 16 * block + place
+    ones = np.ones_like(b)
+    halves = [(value % 2**32, value // 2**32) for value in (seed, stream)]
+    w = philox((b % 2**32, b // 2**32, ones * halves[1][0], ones * halves[1][1]), halves[0])
+    w0, w1 = np.where(word < 2, w[0], w[2]), np.where(word < 2, w[1], w[3])
+    u = np.maximum(w0.astype(np.float32), 0.5).astype(np.float64) / 2.0**32
+    x = (w1 // 256).astype(np.float64) / 2.0**23 - 1
+    return u, x, word % 2 == 0
+
+
+def normal(out: Array, seed: int, stream: int, std: float) -> None:
+    u, x, cosine = normal_inputs(out.size, seed, stream)
+    r = np.sqrt(-2 * np.log(u))
+    # Reduced while exact: pi x in float64 would miss the zeros at the multiples of pi/2.
+    sine = np.sin(np.pi * np.where(np.abs(x) <= 0.5, x, np.sign(x) - x))
+    out[...] = (std * r * np.where(cosine, np.sin(np.pi * (0.5 - np.abs(x))), sine)).reshape(out.shape)
 def workspace_nbytes(channels: int, vocab_size: int, parameters: int) -> dict[str, int]:
     return {"shared": 0, "threads": 0}
 

@@ -51,6 +51,34 @@ def make_arena(seed: int = 0, dims: Dimensions = DIMS, dtype: str = "float32") -
     return arena
 
 
+@pytest.mark.parametrize("slice_bytes", [1, 100, 4096])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_slices(version: int, slice_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read in slices by several threads, as large tensors are, a model is the same."""
+    written, found = make_arena(), make_arena(1)
+    checkpoint.write_model(tmp_path / "model.bin", version, DIMS, written)
+    whole = make_arena(2)
+    checkpoint.read_model(tmp_path / "model.bin", DIMS, whole)
+    monkeypatch.setattr(checkpoint, "SLICE", slice_bytes)
+    monkeypatch.setattr(checkpoint, "READERS", 3)
+    checkpoint.read_model(tmp_path / "model.bin", DIMS, found)
+    assert found.flat.tobytes() == whole.flat.tobytes()
+
+
+@pytest.mark.parametrize("missing", [1, 500, 3000])
+@pytest.mark.parametrize("slice_bytes", [100, 4096, 1 << 20])
+def test_a_file_that_ends_while_it_is_read(
+    slice_bytes: int, missing: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its size was right when it was opened; whichever thread finds the end, it is one error that names the tensor."""
+    (tmp_path / "file").write_bytes(bytes(4000))
+    monkeypatch.setattr(checkpoint, "SLICE", slice_bytes)
+    with checkpoint._File(tmp_path / "file") as file:
+        os.truncate(tmp_path / "file", 4000 - missing)
+        with pytest.raises(FileFormatError, match="wte.*bytes too early"):
+            file.fill("wte", 0, np.empty(1000, np.float32), np.dtype(np.float32))
+
+
 def shapes(dims: Dimensions) -> dict[str, tuple[int, ...]]:
     """The format's table, written out."""
     L, C = dims.num_layers, dims.channels

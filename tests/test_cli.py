@@ -10,6 +10,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -435,7 +436,24 @@ def test_long_runs_are_thinned(capsys: pytest.CaptureFixture[str]) -> None:
     for step in range(1000):
         shown.show(training.Step(step, 1.0, 1.0, 1.0, 0.1, 10.0))
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 51 and lines[0].startswith("step 0:") and lines[-1].startswith("step 999:")
+    assert len(lines) == 52 and lines[0].startswith("step 0:") and lines[-1].startswith("step 999:")
+    assert re.fullmatch(r"first step done \d+\.\d\d s after the process started", lines[1])
+
+
+def test_age_of_a_process() -> None:
+    """From outside: no more than between start and end here, and no less than what it slept before it asked."""
+    program = "import time; time.sleep(0.2); from llmc import display; print(display.process_age())"
+    began = time.monotonic()
+    age = float(subprocess.check_output([sys.executable, "-c", program]))
+    tick = 0.01  # in which the kernel counts the start
+    assert 0.2 - tick <= age <= time.monotonic() - began + tick
+
+
+def test_age_where_the_system_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then since the import, which was later than the start."""
+    exact = display.process_age()
+    monkeypatch.delattr(time, "CLOCK_BOOTTIME")
+    assert 0 < display.process_age() <= exact + 1
 
 
 def test_control_characters_are_shown_and_not_obeyed() -> None:

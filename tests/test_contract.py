@@ -145,7 +145,8 @@ def test_wrong_dtype(cpu: ModuleType, rng: Generator, op: str, name: str, wrong:
     refuse(cpu, op, given, ValueError, [name])
 
 
-ANY_RANK = {"zero", "gelu_forward", "gelu_backward", "residual_forward", "global_norm", "adamw_step"}
+ONE_ARRAY = {"zero", "normal", "global_norm"}  # of any shape
+ANY_RANK = {"zero", "normal", "gelu_forward", "gelu_backward", "residual_forward", "global_norm", "adamw_step"}
 
 
 @pytest.mark.parametrize("change", ["one more", "one less", "flat"])
@@ -156,7 +157,7 @@ def test_wrong_rank(cpu: ModuleType, rng: Generator, op: str, name: str, change:
     new = {"one more": (1, *shape), "one less": (-1, *shape[2:]), "flat": (-1,)}[change]
     if change != "one more" and len(shape) == 1:
         pytest.skip("has one axis already")
-    if op in ("zero", "global_norm"):
+    if op in ONE_ARRAY:
         pytest.skip("takes any shape")
     given[name] = given[name].reshape(new)
     refuse(cpu, op, given, ValueError, arrays_of(op) if op in ANY_RANK else [name])
@@ -212,7 +213,7 @@ FREE_AXES = {
         (op, name, axis)
         for op, name in ARRAYS
         for axis in range(example(op, np.random.default_rng(0), SIZES)[name].ndim)
-        if op not in ("zero", "global_norm")
+        if op not in ONE_ARRAY
     ],
 )
 def test_wrong_size(cpu: ModuleType, rng: Generator, op: str, name: str, axis: int, by: int) -> None:
@@ -255,6 +256,8 @@ SCALARS = [
     ("attention_decode", "position", 2**62),
     ("head_loss", "V", SIZES.Vp + 1), ("head_loss", "V", 0), ("head_loss", "V", -1),
     ("head_logits", "V", SIZES.V + 1), ("head_logits", "V", SIZES.V - 1), ("head_logits", "V", -1),
+    ("normal", "seed", -1), ("normal", "seed", 2**64), ("normal", "stream", -1), ("normal", "stream", 2**64),
+    ("normal", "std", -0.5), ("normal", "std", math.nan), ("normal", "std", math.inf),
     ("adamw_step", "step", 0), ("adamw_step", "step", -1),
 ]
 

@@ -106,6 +106,26 @@ def test_tokenizers_by_vocabulary() -> None:
     assert isinstance(load("tiny").tokenizer, tokenizer.ByteTokenizer)
 
 
+def test_tokenizers_are_loaded_when_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once, and not before: reading GPT-2's vocabulary would be a good part of a short start."""
+    loaded: list[str] = []
+    monkeypatch.setattr(tokenizer, "load", lambda name: loaded.append(name) or tokenizer.ByteTokenizer())
+    loading.save_bin(load("tiny"), tmp_path / "model.bin")
+    loading.save(load("tiny"), tmp_path / "folder", "gpt2")
+    config = json.loads((tmp_path / "folder" / "config.json").read_text())
+    (tmp_path / "folder" / "config.json").write_text(json.dumps({**config, "llmc_tokenizer": "bytes"}))
+    loaded.clear()
+    for source in ("tiny", tmp_path / "model.bin", tmp_path / "folder"):
+        model = load(source)
+        assert loaded == []
+        assert model.tokenizer is model.tokenizer and model.tokenizer.name == "bytes"
+        assert loaded == ["bytes"]
+        loaded.clear()
+    model = load("tiny")
+    model.tokenizer = None
+    assert model.tokenizer is None and loaded == [], "what is set replaces what was promised"
+
+
 def test_preset_before_a_folder_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_folder(tmp_path / "tiny", hf_tensors(random_model()))

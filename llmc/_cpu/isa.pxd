@@ -1,4 +1,9 @@
+from libc.stdint cimport uint64_t
+
 cdef extern from "simd/kernels.h" nogil:
+    enum:
+        RANDOM_GROUP
+
     ctypedef struct AdamW:
         float lr, beta1, one_minus_beta1, correction1, beta2, one_minus_beta2, correction2, eps, decay, scale
 
@@ -37,6 +42,8 @@ cdef extern from "simd/kernels.h" nogil:
         void (*adamw_span)(float *w, float *m, float *v, const float *dw, Py_ssize_t n,
                            const AdamW *update) noexcept nogil
         void (*column_sum)(float *sum, const float *x, Py_ssize_t ldx, Py_ssize_t rows, Py_ssize_t n) noexcept nogil
+        void (*normal_span)(float *out, Py_ssize_t n, uint64_t seed, uint64_t stream, uint64_t group,
+                            float std) noexcept nogil
 
         double (*fma_loop)(Py_ssize_t rounds, float *value) noexcept nogil
         double (*dot_loop)(Py_ssize_t rounds, float *value) noexcept nogil

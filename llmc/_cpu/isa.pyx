@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+from llmc._cpu import waiting
 from llmc.errors import ConfigError
 
 cdef extern from "simd/dispatch.h":
@@ -26,13 +27,20 @@ cdef extern from *:
     #else
     static void llmc_pause_threads(void) {}
     #endif
+    static void llmc_start_openmp(void) { (void)omp_get_max_threads(); }
     #else
     static int llmc_openmp(void) { return 0; }
     static void llmc_pause_threads(void) {}
+    static void llmc_start_openmp(void) {}
     #endif
     """
     int llmc_openmp()
     void llmc_pause_threads()
+    void llmc_start_openmp()
+
+# LLVM's library reads the environment at its first call, not when it is loaded: this is the call, while
+# `waiting.policy` holds.
+llmc_start_openmp()
 
 DTYPES = ("fp32", "bf16")
 
@@ -119,7 +127,7 @@ def activate(name, count, dtype):
 
 def info():
     """What is active: isa, tile, dtype, threads, whether the table multiplies bf16 pairs in one instruction (else it
-    rounds, and multiplies in fp32), and the OpenMP specification's date (0: built without)."""
+    rounds, and multiplies in fp32), how threads wait, and the OpenMP specification's date (0: built without)."""
     return {
         "isa": kernels.name.decode(),
         "isas": isas(),
@@ -127,6 +135,7 @@ def info():
         "dtype": "bf16" if gemm == kernels.gemm_bf16 else "fp32",
         "bf16_products": bool(kernels.has_dot),
         "threads": threads,
+        "waiting": waiting.described() if llmc_openmp() else "one thread has nothing to wait for",
         "openmp": llmc_openmp(),
     }
 

@@ -4,6 +4,7 @@
 #include "gemm.h"
 #include "map.h"
 #include "peak.h"
+#include "philox.h"
 #include "row.h"
 
 #define JOIN_(a, b) a##b
@@ -39,4 +40,5 @@ const Kernels JOIN(kernels_, ISA_NAME) = {
     .fma_loop = fma_loop,
     .dot_loop = dot_loop,
     .stream_span = stream_span,
+    .normal_span = normal_span,
 };

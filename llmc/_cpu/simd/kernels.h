@@ -1,10 +1,14 @@
 /* What one instruction set offers: a table of functions, and the size of its GEMM tile.  `kernels.c` is compiled
  * once per set and emits one table; the .pyx files call through the active one.  Nothing in here starts a
- * thread or checks a shape.  The functions are described where they are defined: gemm.h, row.h, map.h, peak.h. */
+ * thread or checks a shape.  The functions are described where they are defined: gemm.h, row.h, map.h, philox.h,
+ * peak.h. */
 #ifndef LLMC_KERNELS_H
 #define LLMC_KERNELS_H
 
 #include <stddef.h>
+#include <stdint.h>
+
+enum { RANDOM_GROUP = 64 }; /* elements that `normal_span` makes together */
 
 /* The scalars of an AdamW update.  1 - beta is taken in double before it is rounded (0.999f is off by 1.3e-8, which is
  * 1.3e-5 of 1 - 0.999); the corrections are 1 / (1 - beta^t). */
@@ -44,6 +48,7 @@ typedef struct Kernels {
     float (*dot_span)(const float *a, const float *b, ptrdiff_t n);
     void (*adamw_span)(float *w, float *m, float *v, const float *dw, ptrdiff_t n, const AdamW *update);
     void (*column_sum)(float *sum, const float *x, ptrdiff_t ldx, ptrdiff_t rows, ptrdiff_t n);
+    void (*normal_span)(float *out, ptrdiff_t n, uint64_t seed, uint64_t stream, uint64_t group, float std);
 
     double (*fma_loop)(ptrdiff_t rounds, float *value);
     double (*dot_loop)(ptrdiff_t rounds, float *value);

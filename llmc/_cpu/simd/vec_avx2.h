@@ -7,6 +7,7 @@ enum { VL = 8, MR = LLMC_MR, NV = 3 };
 
 typedef __m256 vec;
 typedef __m256d vecd;
+typedef __m256i vecu;
 
 static inline __m256i v_mask(ptrdiff_t n) {
     static const int32_t ones_then_zeros[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
@@ -58,6 +59,29 @@ static inline void v_transpose(vec *r) {
         r[i] = _mm256_permute2f128_ps(u[i], u[i + 4], 0x20);
         r[i + 4] = _mm256_permute2f128_ps(u[i], u[i + 4], 0x31);
     }
+}
+
+static inline vecu vu_set(uint32_t a) { return _mm256_set1_epi32((int32_t)a); }
+static inline vecu vu_lanes(void) { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
+static inline vecu vu_add(vecu a, vecu b) { return _mm256_add_epi32(a, b); }
+static inline vecu vu_xor(vecu a, vecu b) { return _mm256_xor_si256(a, b); }
+static inline vecu vu_shr8(vecu a) { return _mm256_srli_epi32(a, 8); }
+static inline vecu vu_mul(vecu a, vecu b, vecu *hi) {
+    __m256i even = _mm256_mul_epu32(a, b);
+    __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), _mm256_srli_epi64(b, 32));
+    *hi = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
+    return _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
+}
+static inline vec v_from_u(vecu a) { /* in two halves, both exact: the one rounding is the sum's */
+    vec upper = _mm256_cvtepi32_ps(_mm256_srli_epi32(a, 16));
+    vec lower = _mm256_cvtepi32_ps(_mm256_and_si256(a, _mm256_set1_epi32(0xffff)));
+    return _mm256_fmadd_ps(upper, _mm256_set1_ps(65536.0f), lower);
+}
+static inline vec v_frexp(vec x, vec *e) {
+    __m256i bits = _mm256_castps_si256(x), root = _mm256_set1_epi32(0x3f3504f3); /* the bits of sqrt(1/2) */
+    __m256i n = _mm256_srai_epi32(_mm256_sub_epi32(bits, root), 23);
+    *e = _mm256_cvtepi32_ps(n);
+    return _mm256_castsi256_ps(_mm256_sub_epi32(bits, _mm256_slli_epi32(n, 23)));
 }
 
 static inline vecd vd_zero(void) { return _mm256_setzero_pd(); }

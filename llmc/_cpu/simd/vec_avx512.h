@@ -15,6 +15,7 @@ enum { VL = 16, MR = LLMC_MR, NV = 3 };
 
 typedef __m512 vec;
 typedef __m512d vecd;
+typedef __m512i vecu;
 
 static inline __mmask16 v_mask(ptrdiff_t n) { return (__mmask16)((1u << n) - 1u); }
 
@@ -64,6 +65,25 @@ static inline void v_transpose(vec *r) {
         r[i + 4] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0x88);
         r[i + 12] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xDD);
     }
+}
+
+static inline vecu vu_set(uint32_t a) { return _mm512_set1_epi32((int32_t)a); }
+static inline vecu vu_lanes(void) { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
+static inline vecu vu_add(vecu a, vecu b) { return _mm512_add_epi32(a, b); }
+static inline vecu vu_xor(vecu a, vecu b) { return _mm512_xor_si512(a, b); }
+static inline vecu vu_shr8(vecu a) { return _mm512_srli_epi32(a, 8); }
+static inline vecu vu_mul(vecu a, vecu b, vecu *hi) {
+    __m512i even = _mm512_mul_epu32(a, b);
+    __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), _mm512_srli_epi64(b, 32));
+    *hi = _mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
+    return _mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
+}
+static inline vec v_from_u(vecu a) { return _mm512_cvtepu32_ps(a); }
+static inline vec v_frexp(vec x, vec *e) {
+    __m512i bits = _mm512_castps_si512(x), root = _mm512_set1_epi32(0x3f3504f3); /* the bits of sqrt(1/2) */
+    __m512i n = _mm512_srai_epi32(_mm512_sub_epi32(bits, root), 23);
+    *e = _mm512_cvtepi32_ps(n);
+    return _mm512_castsi512_ps(_mm512_sub_epi32(bits, _mm512_slli_epi32(n, 23)));
 }
 
 static inline vecd vd_zero(void) { return _mm512_setzero_pd(); }

@@ -11,6 +11,7 @@ enum { VL = 4, MR = LLMC_MR, NV = 3 };
 
 typedef float32x4_t vec;
 typedef float64x2_t vecd;
+typedef uint32x4_t vecu;
 
 static inline vec v_load(const float *p) { return vld1q_f32(p); }
 static inline void v_store(float *p, vec a) { vst1q_f32(p, a); }
@@ -50,6 +51,28 @@ static inline void v_transpose(vec *r) {
     r[1] = vcombine_f32(vget_low_f32(lo.val[1]), vget_low_f32(hi.val[1]));
     r[2] = vcombine_f32(vget_high_f32(lo.val[0]), vget_high_f32(hi.val[0]));
     r[3] = vcombine_f32(vget_high_f32(lo.val[1]), vget_high_f32(hi.val[1]));
+}
+
+static inline vecu vu_set(uint32_t a) { return vdupq_n_u32(a); }
+static inline vecu vu_lanes(void) {
+    static const uint32_t lanes[4] = {0, 1, 2, 3};
+    return vld1q_u32(lanes);
+}
+static inline vecu vu_add(vecu a, vecu b) { return vaddq_u32(a, b); }
+static inline vecu vu_xor(vecu a, vecu b) { return veorq_u32(a, b); }
+static inline vecu vu_shr8(vecu a) { return vshrq_n_u32(a, 8); }
+static inline vecu vu_mul(vecu a, vecu b, vecu *hi) {
+    uint32x4_t first = vreinterpretq_u32_u64(vmull_u32(vget_low_u32(a), vget_low_u32(b)));
+    uint32x4_t second = vreinterpretq_u32_u64(vmull_high_u32(a, b));
+    *hi = vuzp2q_u32(first, second);
+    return vuzp1q_u32(first, second);
+}
+static inline vec v_from_u(vecu a) { return vcvtq_f32_u32(a); }
+static inline vec v_frexp(vec x, vec *e) {
+    int32x4_t bits = vreinterpretq_s32_f32(x), root = vdupq_n_s32(0x3f3504f3); /* the bits of sqrt(1/2) */
+    int32x4_t n = vshrq_n_s32(vsubq_s32(bits, root), 23);
+    *e = vcvtq_f32_s32(n);
+    return vreinterpretq_f32_s32(vsubq_s32(bits, vshlq_n_s32(n, 23)));
 }
 
 static inline vecd vd_zero(void) { return vdupq_n_f64(0.0); }

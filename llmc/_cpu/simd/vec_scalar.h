@@ -8,6 +8,7 @@ enum { VL = 1, MR = LLMC_MR, NV = 3 };
 
 typedef float vec;
 typedef double vecd;
+typedef uint32_t vecu;
 
 static inline vec v_load(const float *p) { return *p; }
 static inline void v_store(float *p, vec a) { *p = a; }
@@ -38,6 +39,28 @@ static inline vec v_exp2i(vec n) {
 static inline float v_sum(vec a) { return a; }
 static inline float v_hmax(vec a) { return a; }
 static inline void v_transpose(vec *rows) { (void)rows; }
+
+static inline vecu vu_set(uint32_t a) { return a; }
+static inline vecu vu_lanes(void) { return 0; }
+static inline vecu vu_add(vecu a, vecu b) { return a + b; }
+static inline vecu vu_xor(vecu a, vecu b) { return a ^ b; }
+static inline vecu vu_shr8(vecu a) { return a >> 8; }
+static inline vecu vu_mul(vecu a, vecu b, vecu *hi) {
+    uint64_t product = (uint64_t)a * b;
+    *hi = (uint32_t)(product >> 32);
+    return (uint32_t)product;
+}
+static inline vec v_from_u(vecu a) { return (float)a; }
+static inline vec v_frexp(vec x, vec *e) {
+    const int32_t root = 0x3f3504f3; /* the bits of sqrt(1/2) */
+    int32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    int32_t n = (bits - root) >> 23;
+    bits -= n * (1 << 23);
+    *e = (float)n;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
 
 static inline vecd vd_zero(void) { return 0.0; }
 static inline vecd vd_sqacc(vecd acc, vec x) { return acc + (double)x * (double)x; }
