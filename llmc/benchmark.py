@@ -208,6 +208,7 @@ def cases(backend: Any, config: Config, B: int, T: int, dtype: str) -> Iterator[
         RECIPE["eps"], RECIPE["weight_decay"], 10, 1.0,
     )  # fmt: skip
     yield case("zero", f"{Vp}x{C}", dwte)
+    yield case("normal", f"{Vp}x{C}", dwte, 0, 0, 0.02)
 
 
 def _bound(function: Callable[..., Any], *args: Any) -> Callable[[], Any]:

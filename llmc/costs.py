@@ -21,6 +21,7 @@ from llmc.ops import Ops
 # `accumulate` (s).
 ROLES: dict[str, dict[str, str]] = {
     "zero": {"x": "w"},
+    "normal": {"out": "w"},
     "embedding_forward": {"out": "w", "tokens": "r", "wte": "r", "wpe": "r"},
     "embedding_backward": {"dwte": "u", "dwpe": "s", "dout": "r", "tokens": "r"},
     "layernorm_forward": {"out": "w", "mean": "w", "rstd": "w", "x": "r", "w": "r", "b": "r"},

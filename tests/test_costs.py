@@ -37,6 +37,7 @@ def test_every_op_and_every_array_has_a_role() -> None:
 # op, FLOPs, floats (or ids) read, floats written, and its large arrays
 COUNTS = [
     ("zero", 0, 0, ROWS, (0, 1, 0)),
+    ("normal", 0, 0, ROWS, (0, 1, 0)),
     ("embedding_forward", 0, ROWS + 3 * 8 + TOKENS, ROWS, (2, 1, 0)),
     ("embedding_backward", 0, 2 * ROWS + TOKENS, ROWS + 7 * 8, (1, 1, 1)),
     ("layernorm_forward", 0, ROWS + 2 * 8, ROWS + 2 * TOKENS, (1, 1, 0)),
