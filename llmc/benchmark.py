@@ -146,12 +146,17 @@ def cases(backend: Any, config: Config, B: int, T: int, dtype: str) -> Iterator[
     layers = {"qkv": (C, 3 * C), "attproj": (C, C), "fc": (C, 4 * C), "fcproj": (4 * C, C), "head": (C, V)}
 
     def new(*shape: int, scale: float = 1.0) -> Array:
-        return (scale * random.standard_normal(shape, dtype=np.float32)).astype(np.float32)
+        """In the memory that arenas have: in huge pages where there are any, without which a large table waits for
+        page tables more than for itself."""
+        out: Array = backend.empty(shape, "float32")
+        random.standard_normal(dtype=np.float32, out=out)
+        np.multiply(out, np.float32(scale), out=out)
+        return out
 
     for name, (K, N) in layers.items():
         x, w, y = new(B * T, K), new(N, K), new(B * T, N)
         for use, out, a, b in (("forward", y, x, w), ("dx", x, y, w), ("dw", w, y, x)):
-            out = np.empty_like(out)
+            out = backend.empty(out.shape, "float32")
             cost = Cost(
                 2.0 * B * T * K * N, float(a.nbytes + b.nbytes), float(out.nbytes), (2, 1, 0),
                 float(a.nbytes + b.nbytes + out.nbytes),
@@ -168,7 +173,7 @@ def cases(backend: Any, config: Config, B: int, T: int, dtype: str) -> Iterator[
     x, dx, dout = new(B, T, C), new(B, T, C), new(B, T, C)
     w, b, dw, db = new(C), new(C), new(C), new(C)
     tokens, wide = f"{B}x{T}x{C}", f"{B}x{T}x{4 * C}"
-    wte, wpe, dwte, dwpe = new(Vp, C, scale=0.02), new(maxT, C), np.zeros((Vp, C), np.float32), new(maxT, C)
+    wte, wpe, dwte, dwpe = new(Vp, C, scale=0.02), new(maxT, C), new(Vp, C), new(maxT, C)
     yield case("embedding_forward", tokens, x, ids, wte, wpe, V, 0)
     yield case("embedding_backward", tokens, dwte, dwpe, dout, ids, False)
     mean, rstd = np.zeros((B, T), np.float32), np.ones((B, T), np.float32)
@@ -182,10 +187,10 @@ def cases(backend: Any, config: Config, B: int, T: int, dtype: str) -> Iterator[
     for K, N in (layers[name] for name in ("qkv", "attproj", "fcproj")):
         a, y, m, bias = new(B, T, K), new(B, T, N), new(N, K), new(N)
         yield case("linear_forward", f"{K} -> {N}, {B}x{T}", y, a, m, bias)
-        da, dm, dbias = np.empty_like(a), np.empty_like(m), np.empty_like(bias)
+        da, dm, dbias = new(*a.shape), new(*m.shape), new(*bias.shape)
         yield case("linear_backward", f"{K} -> {N}, {B}x{T}", da, dm, dbias, y, a, m, False)
     m, bias = new(4 * C, C), new(4 * C)
-    dm, dbias = np.empty_like(m), np.empty_like(bias)
+    dm, dbias = new(*m.shape), new(*bias.shape)
     yield case("linear_gelu_forward", f"{C} -> {4 * C}, {B}x{T}", act, pre, x, m, bias)
     yield case("linear_gelu_backward", f"{C} -> {4 * C}, {B}x{T}", dx, dm, dbias, dact, act, pre, x, m, False)
 
@@ -201,7 +206,7 @@ def cases(backend: Any, config: Config, B: int, T: int, dtype: str) -> Iterator[
     yield case("head_loss", f"{tokens}, with gradients", losses, dx, dwte, x, wte, ids, V, 1.0 / (B * T), False)
     yield case("head_logits", f"1x1x{C}, V={V}", np.zeros((1, 1, V), np.float32), o, wte, V)
 
-    moments, squares = np.zeros_like(wte), np.zeros_like(wte)
+    moments, squares = backend.empty(wte.shape, "float32"), backend.empty(wte.shape, "float32")
     yield case("global_norm", f"{Vp}x{C}", dwte)
     yield case(
         "adamw_step", f"{Vp}x{C}", wte, moments, squares, dwte, LEARNING_RATE, RECIPE["beta1"], RECIPE["beta2"],

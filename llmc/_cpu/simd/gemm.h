@@ -29,9 +29,9 @@
 
 #include <string.h>
 
-/* KC counts words.  A block of A that is used in place is kept small: rows a power of two apart crowd into few sets
- * of a cache, and half of one is all that can be relied on. */
-enum { NR = NV * VL, KC = 512, MC_IN_PLACE = 128, MC = 256, NC = 1536 };
+/* KC counts words.  A block of A that is used in place is kept to IN_PLACE words: rows a power of two apart crowd into
+ * a part of the cache's sets. */
+enum { NR = NV * VL, KC = 512, MC = 256, NC = 1536, IN_PLACE = 96 * 1024 };
 
 /* Floats of scratch that gemm() needs: a block of A, a row of panels of B. */
 enum { GEMM_SCRATCH = KC * (MC + NC) };
@@ -272,7 +272,8 @@ ALWAYS_INLINE void gemm_any(const Mode mode, float *c, ptrdiff_t ldc, const floa
     const int turned = 0;
     Tile *tile = rows ? tile_rows : tile_columns;
 #endif
-    ptrdiff_t mc = part(M, rows && mode == FP32 ? MC_IN_PLACE : MC, tall), kc = part(K, KC * per_word, 2 * VL);
+    ptrdiff_t kc = part(K, KC * per_word, 2 * VL);
+    ptrdiff_t mc = part(M, rows && mode == FP32 ? least(MC, IN_PLACE / kc / tall * tall) : MC, tall);
     /* Panels as equal as whole vectors allow: 64 columns are twice 32, not 48 and a slow 16. */
     const ptrdiff_t vectors = (N + VL - 1) / VL, panels = (N + NR - 1) / NR;
     const ptrdiff_t width = panels ? (vectors + panels - 1) / panels * VL : NR;
