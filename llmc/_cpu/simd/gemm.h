@@ -199,13 +199,16 @@ ALWAYS_INLINE void pack_along(const Mode mode, float *restrict out, const float 
     }
 }
 
-/* Rows of A as rows of words. */
+/* Rows of A as rows of words.  Each row is a stretch of its own, too short for the machine to see it coming: it is
+ * asked for two rows before. */
 ALWAYS_INLINE void pack_rows(const Mode mode, float *restrict out, ptrdiff_t ldo, const float *x, ptrdiff_t ld,
                              ptrdiff_t K, ptrdiff_t m) {
     const ptrdiff_t deep = mode == PAIRS ? 2 * VL : VL;
     for (ptrdiff_t i = 0; i < m; i++)
         for (ptrdiff_t k = 0; k < K; k += deep) {
             ptrdiff_t left = K - k < deep ? K - k : deep, depth = mode == PAIRS ? (left + 1) / 2 : left;
+            for (ptrdiff_t line = 0; line < deep; line += 64 / (ptrdiff_t)sizeof(float))
+                __builtin_prefetch(x + (i + 2) * ld + k + line);
             store_upto(out + i * ldo + (mode == PAIRS ? k / 2 : k), words_along(mode, x + i * ld + k, left), depth);
         }
 }
