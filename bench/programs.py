@@ -68,13 +68,11 @@ class Llmc:
         from llmc import loading, ops
         from llmc.adamw import AdamW
 
-        backend = ops.load("cpu", threads=settings["threads"])
+        backend = ops.load("cpu", threads=settings["threads"], dtype=settings["dtype"])
         self.libraries = memory()["now"]
         self.settings = settings
-        storage = {} if settings["dtype"] == "fp32" else {"dtype": settings["dtype"]}
-        self.model = loading.load(settings["weights"], ops=backend, seed=settings["seed"], **storage)
-        memory_mode = {"recompute": settings["recompute"]} if settings.get("recompute") else {}
-        self.model.prepare(settings["B"], settings["T"], **memory_mode)
+        self.model = loading.load(settings["weights"], ops=backend, seed=settings["seed"])
+        self.model.prepare(settings["B"], settings["T"], settings.get("recompute") or "none")
         assert self.model.grads is not None
         others = {name: value for name, value in RECIPE.items() if name != "lr"}
         self.optimizer = AdamW(

@@ -13,7 +13,6 @@ programs whose losses do not agree.
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import os
 import shutil
@@ -32,7 +31,7 @@ from programs import RECIPE, Settings
 
 from llmc import loading, machine
 from llmc.errors import LlmcError
-from llmc.gpt2 import GPT2, parameter_rows, preset
+from llmc.gpt2 import parameter_rows, preset
 
 CONFIGURATIONS = "d12:4x64=9,d12:4x1024=3,stories:4x256=25"
 PROGRAMS = {"llmc": "llmc", "llmc-block": "llmc, recompute block", "eager": "PyTorch eager", "compile": "torch.compile"}
@@ -164,16 +163,12 @@ class Run:
         rows = [(row.name, row.shape, row.layers) for row in parameter_rows(config)]
         return {"kind": "torch", "compiled": program == "compile", "rows": rows, **common}
 
-    def missing(self, program: str, dtype: str) -> str:
+    def missing(self, program: str) -> str:
         """Why a program cannot run; empty where it can."""
         if program in ("eager", "compile") and machine.installed("torch") == "not installed":
             return "PyTorch is not installed: pip install '.[reference]'"
         if program == "compile" and not shutil.which(os.environ.get("CXX", "g++")):
             return "torch.compile needs a C++ compiler (g++, or CXX)"
-        if program == "llmc-block" and "recompute" not in inspect.signature(GPT2.prepare).parameters:
-            return "this llmc cannot recompute activations"
-        if program.startswith("llmc") and dtype != "fp32" and "dtype" not in inspect.signature(loading.load).parameters:
-            return f"this llmc has no {dtype}"
         return ""
 
     def start(self, program: str, settings: Settings) -> Worker:
@@ -209,8 +204,7 @@ def take_turns(run: Run, c: Configuration, dtype: str, programs: list[str], fail
             return told
 
         for number in range(1, run.args.warmup + c.rounds):
-            first = number % len(workers) if workers else 0
-            workers[:] = workers[first:] + workers[:first]
+            workers[:] = workers[1:] + workers[:1]
             told = each(workers, lambda worker: worker.step(number))  # noqa: B023  called at once
             what = f"round {number - run.args.warmup + 1}/{c.rounds}" if number >= run.args.warmup else "warm-up"
             say(f"  {what}: {', '.join(told)}")
@@ -258,7 +252,7 @@ def measure(run: Run, c: Configuration, dtype: str, fp32_losses: list[float] | N
     for program in run.args.programs:
         if program == "llmc-block" and c.T < LONG and not run.args.programs_given:
             continue
-        if reason := run.missing(program, dtype):
+        if reason := run.missing(program):
             skipped[PROGRAMS[program]] = reason
         else:
             wanted.append(program)

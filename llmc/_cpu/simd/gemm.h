@@ -30,8 +30,9 @@
 #include <string.h>
 
 /* KC counts words.  A block of A that is used in place is kept to IN_PLACE words: rows a power of two apart crowd into
- * a part of the cache's sets. */
-enum { NR = NV * VL, KC = 512, MC = 256, NC = 1536, IN_PLACE = 96 * 1024 };
+ * a part of the cache's sets.  Other blocks of fp32 are half of what bf16 has: there the rows that are packed pass
+ * through the same cache as well. */
+enum { NR = NV * VL, KC = 512, MC = 256, MC_FP32 = 128, NC = 1536, IN_PLACE = 96 * 1024 };
 
 /* Floats of scratch that gemm() needs: a block of A, a row of panels of B. */
 enum { GEMM_SCRATCH = KC * (MC + NC) };
@@ -276,7 +277,8 @@ ALWAYS_INLINE void gemm_any(const Mode mode, float *c, ptrdiff_t ldc, const floa
     Tile *tile = rows ? tile_rows : tile_columns;
 #endif
     ptrdiff_t kc = part(K, KC * per_word, 2 * VL);
-    ptrdiff_t mc = part(M, rows && mode == FP32 ? least(MC, IN_PLACE / kc / tall * tall) : MC, tall);
+    const ptrdiff_t in_place = least(MC, IN_PLACE / (K > 0 ? least(kc, K) : 1) / tall * tall);
+    const ptrdiff_t mc = part(M, mode != FP32 ? MC : rows ? in_place : MC_FP32, tall);
     /* Panels as equal as whole vectors allow: 64 columns are twice 32, not 48 and a slow 16. */
     const ptrdiff_t vectors = (N + VL - 1) / VL, panels = (N + NR - 1) / NR;
     const ptrdiff_t width = panels ? (vectors + panels - 1) / panels * VL : NR;
