@@ -18,18 +18,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 from llmc.machine import memory
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
 HEADER_BYTES = 1024  # of the model file
 LAYERNORM_EPS = 1e-5
-RECIPE = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}  # decay on matrices
-PEAK_SECONDS = 0.2  # of each peak, each time
 STREAM_BYTES = 1 << 28  # what AdamW's stream goes through: more than any cache
 
 # What a process is told: `kind`, a key of PROGRAMS, `threads`, and but for the peaks `weights` (a model file, for llmc
-# also a preset), `seed`, `B`, `T`, `dtype` and `config`.  llmc may be told `recompute`, PyTorch `compiled`, and is told
-# `rows`, [name, shape, layers] of each tensor in the file.
+# also a preset), `seed`, `B`, `T` and `dtype`.  llmc may be told `recompute`, PyTorch `compiled`; PyTorch is told the
+# model's `config`, `rows` ([name, shape, layers] of each tensor in the file) and `recipe`, llmc's own.
 Settings = dict[str, Any]
 
 
@@ -41,16 +38,6 @@ class Program(Protocol):
     def step(self, number: int) -> dict[str, Any]:
         """The answer to a step's number: of a training step its loss, and in seconds its `forward`, `backward` and
         `update`."""
-
-
-def batch(settings: Settings, number: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Tokens and targets (B, T) int32 of one step: random, and the same for every program."""
-    import numpy as np
-
-    random = np.random.Generator(np.random.Philox(key=settings["seed"], counter=[0, 0, 0, number]))
-    shape = (settings["B"], settings["T"] + 1)
-    ids = random.integers(settings["config"]["vocab_size"], size=shape).astype(np.int32)
-    return np.ascontiguousarray(ids[:, :-1]), np.ascontiguousarray(ids[:, 1:])
 
 
 def parts(loss: float, times: list[float]) -> dict[str, float]:
@@ -65,49 +52,38 @@ def parts(loss: float, times: list[float]) -> dict[str, float]:
 
 class Llmc:
     def __init__(self, settings: Settings) -> None:
-        from llmc import loading, ops
-        from llmc.adamw import AdamW
+        from llmc import benchmark, ops
 
-        backend = ops.load("cpu", threads=settings["threads"], dtype=settings["dtype"])
+        ops.load("cpu", threads=settings["threads"])  # the kernels are a library too
         self.libraries = memory()["now"]
-        self.settings = settings
-        self.model = loading.load(settings["weights"], ops=backend, seed=settings["seed"])
-        self.model.prepare(settings["B"], settings["T"], settings.get("recompute") or "none")
-        assert self.model.grads is not None
-        others = {name: value for name, value in RECIPE.items() if name != "lr"}
-        self.optimizer = AdamW(
-            self.model.params.table, self.model.params, self.model.grads, self.model.ops, **others
-        )
+        self.program = benchmark.Program(
+            benchmark.Configuration(
+                settings["weights"], settings["B"], settings["T"], settings["dtype"], None, settings["threads"],
+                settings["seed"], settings.get("recompute") or "none",
+            )
+        )  # fmt: skip
 
     def step(self, number: int) -> dict[str, Any]:
-        x, y = batch(self.settings, number)
-        times = [time.perf_counter()]
-        loss = self.model.forward(x, y)
-        times.append(time.perf_counter())
-        self.model.backward(x)
-        times.append(time.perf_counter())
-        self.optimizer.step(RECIPE["lr"])
-        times.append(time.perf_counter())
-        return parts(loss, times)
+        return parts(*self.program.step(number))
 
 
 class Peaks:
     """What the machine can do at this moment, by llmc's own kernels: FLOP/s and B/s."""
 
-    def __init__(self, settings: Settings) -> None:
-        from llmc import _cpu, ops
+    SECONDS = 0.2  # of each, each time: they have one turn in a round of steps that take seconds
 
-        ops.load("cpu", threads=settings["threads"])
-        self.backend: Any = _cpu
+    def __init__(self, settings: Settings) -> None:
+        from llmc import ops, profiling
+
+        self.backend = ops.load("cpu", threads=settings["threads"])
         self.libraries = memory()["now"]
+        self.measure, self.memory = profiling.measure, profiling.stream_memory(self.backend, STREAM_BYTES)
+        # AdamW reads a gradient, and reads and writes a weight and two moments.
+        self.ceilings = {"stream": ("stream", 1, 0, 3, STREAM_BYTES), **profiling.REGISTERS}
 
     def step(self, number: int) -> dict[str, Any]:
-        # AdamW reads a gradient, and reads and writes a weight and two moments.
-        stream = self.backend.measure_stream(1, 0, STREAM_BYTES, PEAK_SECONDS, updates=3)
         return {
-            "fp32": self.backend.measure_fma(PEAK_SECONDS),
-            "bf16": self.backend.measure_dot(PEAK_SECONDS),
-            "stream": stream,
+            name: self.measure(self.backend, what, self.memory, self.SECONDS) for name, what in self.ceilings.items()
         }
 
 
@@ -126,16 +102,16 @@ class PyTorch:
 
         self.libraries = memory()["now"]
         torch.set_num_threads(settings["threads"])
-        self.settings, self.config = settings, settings["config"]
+        self.settings, self.config, recipe = settings, settings["config"], settings["recipe"]
         self.p = self._read(settings["weights"])
         matrices = [t for t in self.p.values() if t.dim() == 2]
         others = [t for t in self.p.values() if t.dim() != 2]
         self.optimizer = torch.optim.AdamW(
             [
-                {"params": matrices, "weight_decay": RECIPE["weight_decay"]},
+                {"params": matrices, "weight_decay": recipe["weight_decay"]},
                 {"params": others, "weight_decay": 0.0},
             ],
-            lr=RECIPE["lr"], betas=(RECIPE["beta1"], RECIPE["beta2"]), eps=RECIPE["eps"], fused=True,
+            lr=recipe["lr"], betas=(recipe["beta1"], recipe["beta2"]), eps=recipe["eps"], fused=True,
         )  # fmt: skip
         self.autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=settings["dtype"] == "bf16")
         self.loss = torch.compile(self._loss) if settings.get("compiled") else self._loss
@@ -185,7 +161,11 @@ class PyTorch:
         import numpy as np
         import torch
 
-        x, y = (torch.from_numpy(ids.astype(np.int64)) for ids in batch(self.settings, number))
+        from llmc.data import random_batch  # which is light, and knows no kernels: torch must not meet them
+
+        s = self.settings
+        batch = random_batch(self.config["vocab_size"], s["B"], s["T"], s["seed"], number)
+        x, y = (torch.from_numpy(ids.astype(np.int64)) for ids in batch)
         times = [time.perf_counter()]
         with self.autocast:
             loss = self.loss(x, y)

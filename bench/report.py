@@ -21,10 +21,9 @@ import numpy as np
 from llmc.benchmark import flops_per_token
 from llmc.errors import LlmcError
 from llmc.gpt2 import Config
-from llmc.results import require_matplotlib, table
+from llmc.results import PARTS, draw_steps, require_matplotlib, table
 
 ADAMW_BYTES = 28  # per parameter: read w, m, v and the gradient, write w, m and v
-PARTS = ("forward", "backward", "update")
 
 
 # ---- what could be ---------------------------------------------------------------------------------
@@ -181,21 +180,15 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axis.set_visible(False)
     for axis, section in zip(axes.flat, sections, strict=False):
         rows = section["programs"]
-        names = [row["program"] for row in rows]
-        left = np.zeros(len(rows))
-        for part, colour in zip(PARTS, ("#4878a8", "#e08a3c", "#7a9e57"), strict=True):
-            widths = np.array([row[part] for row in rows])
-            axis.barh(names, widths, left=left, label=part, color=colour)
-            left += widths
+        ends = draw_steps(axis, [row["program"] for row in rows], rows)
         for i, row in enumerate(rows):
             if row["ratio"] is not None:
-                axis.annotate(f" {row['ratio']:.2f} x", (left[i], i), va="center")
+                axis.annotate(f" {row['ratio']:.2f} x", (ends[i], i), va="center")
         if "roofline_ms" in section:
             axis.axvline(section["roofline_ms"], color="black", linestyle="--", linewidth=1, label="roofline")
-        axis.set_xlim(0, 1.15 * left.max())
+        axis.set_xlim(0, 1.15 * max(ends))
         axis.invert_yaxis()
         axis.set_title(f"{section['init']}, B={section['B']}, T={section['T']}, {section['dtype']}", fontsize=10)
-        axis.set_xlabel("ms per step")
     axes.flat[0].legend(fontsize=8)
     facts = result["machine"]
     figure.suptitle(f"{facts['processor']}, {facts['threads']} threads, llmc {facts['commit']}", fontsize=9)

@@ -27,9 +27,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import report
-from programs import RECIPE, Settings
+from programs import Settings
 
-from llmc import loading, machine
+from llmc import loading, machine, ops
+from llmc.benchmark import LEARNING_RATE, RECIPE
 from llmc.errors import LlmcError
 from llmc.gpt2 import parameter_rows, preset
 
@@ -141,6 +142,8 @@ class Worker:
 class Run:
     """What all measurements share: the options, the model files, and what cannot be measured here, with the reason."""
 
+    recipe = {"lr": LEARNING_RATE, **RECIPE}
+
     def __init__(self, args: argparse.Namespace, threads: int, folder: Path) -> None:
         self.args, self.threads, self.folder = args, threads, folder
 
@@ -153,15 +156,18 @@ class Run:
         return path
 
     def settings(self, program: str, c: Configuration, dtype: str) -> Settings:
-        config = preset(c.init)
         common = {
             "threads": self.threads, "weights": str(self.weights(c.init)), "seed": self.args.seed, "B": c.B, "T": c.T,
-            "dtype": dtype, "config": asdict(config),
+            "dtype": dtype,
         }  # fmt: skip
         if program.startswith("llmc"):
             return {"kind": "llmc", "recompute": "block" if program == "llmc-block" else None, **common}
+        config = preset(c.init)
         rows = [(row.name, row.shape, row.layers) for row in parameter_rows(config)]
-        return {"kind": "torch", "compiled": program == "compile", "rows": rows, **common}
+        return {
+            "kind": "torch", "compiled": program == "compile", "config": asdict(config), "rows": rows,
+            "recipe": self.recipe, **common,
+        }  # fmt: skip
 
     def missing(self, program: str) -> str:
         """Why a program cannot run; empty where it can."""
@@ -323,7 +329,7 @@ def arguments() -> argparse.Namespace:
     args.programs_given = args.programs is not None
     args.programs = (args.programs or ",".join(PROGRAMS)).split(",")
     args.dtypes = args.dtypes.split(",")
-    for name, known in (("programs", PROGRAMS), ("dtypes", ("fp32", "bf16"))):
+    for name, known in (("programs", PROGRAMS), ("dtypes", ops.DTYPES)):
         if wrong := [one for one in getattr(args, name) if one not in known]:
             parser.error(f"--{name}: {wrong[0]!r} is unknown; choose from {', '.join(known)}")
     if "llmc" not in args.programs:
@@ -343,10 +349,10 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     try:
-        facts = machine.facts(args.threads)
+        facts = machine.facts(ops.load("cpu", threads=args.threads).info())
     except LlmcError as error:
         sys.exit(f"bench: {error}")
-    result: dict[str, Any] = {"machine": facts, "recipe": RECIPE, "seed": args.seed, "configurations": []}
+    result: dict[str, Any] = {"machine": facts, "recipe": Run.recipe, "seed": args.seed, "configurations": []}
     with tempfile.TemporaryDirectory() as folder:
         run = Run(args, facts["threads"], Path(folder))
         for c in args.configs:

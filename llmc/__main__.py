@@ -311,7 +311,7 @@ def _train(args: argparse.Namespace) -> int:
         base = recipes.load("stories", types)
     config = training.TrainConfig(**{**base, **flags})
     if args.dry_run:
-        return _dry_run(config)
+        return _dry_run(config, args.profile)
 
     with display.Display(config, sys.stdout) as shown, _Interrupt() as interrupt:
         if config.out and os.path.exists(os.path.join(config.out, "model.safetensors")):
@@ -331,11 +331,11 @@ def _train(args: argparse.Namespace) -> int:
     return 0
 
 
-def _dry_run(config: TrainConfig) -> int:
+def _dry_run(config: TrainConfig, profile: bool) -> int:
     from llmc import memory, training
 
-    display.print_memory(sys.stdout, training.memory_plan(config), memory.machine())
-    training.require_memory(config)
+    display.print_memory(sys.stdout, training.memory_plan(config, profile), memory.machine())
+    training.require_memory(config, profile=profile)
     return 0
 
 
@@ -443,7 +443,7 @@ REFERENCE_OWN = {"command", "run", "debug", "init", "out"}
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from llmc import benchmark, machine, results
+    from llmc import benchmark, machine, ops, results
 
     settings = benchmark.Settings(
         init=args.init, batch_sizes=args.batch_size, sequence_lengths=args.sequence_length, dtypes=args.dtype,
@@ -452,7 +452,7 @@ def _bench(args: argparse.Namespace) -> int:
     )  # fmt: skip
     if args.plot:
         results.require_matplotlib()  # before, and not after minutes of measuring
-    facts = machine.facts(settings.threads)
+    facts = machine.facts(ops.load("cpu", threads=settings.threads).info())
 
     def progress(text: str) -> None:
         if sys.stderr.isatty():

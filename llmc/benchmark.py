@@ -8,30 +8,31 @@ peak is the median of the turns' ratios.
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmc import costs, loading, machine, ops
+from llmc import costs, data, loading, machine, ops
 from llmc.adamw import AdamW
 from llmc.arena import Array
 from llmc.costs import Cost
 from llmc.errors import ConfigError, LlmcError
 from llmc.gpt2 import LAYERNORM_EPS, Config, preset
-from llmc.profiling import REGISTERS, ceiling, measure
+from llmc.ops import DTYPES
+from llmc.profiling import PEAK_SECONDS, REGISTERS, ceiling, measure, stream_memory
 
-DTYPES = ("fp32", "bf16")
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
 TURN_SECONDS = 0.02  # that an op is called again and again in one turn, at least
-PEAK_SECONDS = 0.01  # for its ceiling, before the turn and after it
-RECIPE = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
+# How every benchmark trains, those of bench/ too: AdamW with decay on matrices.
 LEARNING_RATE = 1e-4
+RECIPE = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
 
 Progress = Callable[[str], None]
 
@@ -61,7 +62,7 @@ class Settings:
     batch_sizes: tuple[int, ...] = (4,)
     sequence_lengths: tuple[int, ...] = (64,)
     dtypes: tuple[str, ...] = ("fp32",)
-    isas: tuple[str, ...] = ()  # (): for kernels all that this CPU has, for training the best
+    isas: tuple[str, ...] = ()  # (): for kernels all that this CPU has (shared ones once), for training the best
     only: str = ""  # ops whose name holds this
     threads: int | None = None
     warmup: int = 1  # calls before each turn; steps before the first
@@ -137,13 +138,15 @@ class Case:
 
 
 def cases(backend: Any, config: Config, B: int, T: int, dtype: str) -> Iterator[Case]:
-    """Each in turn, so that only one's arrays exist at a time: every op of the contract at the shapes of a training
-    step (decoding ops at theirs), and a linear layer's three products one by one."""
+    """Every op of the contract at the shapes of a training step (decoding ops at theirs), and a linear layer's three
+    products one by one.  The arrays of a few related ops exist at a time: a generator each, whose locals end with it, if
+    the caller lets go of a case before it asks for the next."""
     random = np.random.default_rng(0)
     C, H, V, Vp, maxT = (
         config.channels, config.num_heads, config.vocab_size, config.padded_vocab_size, config.max_seq_len
     )  # fmt: skip
     layers = {"qkv": (C, 3 * C), "attproj": (C, C), "fc": (C, 4 * C), "fcproj": (4 * C, C), "head": (C, V)}
+    tokens, wide, heads = f"{B}x{T}x{C}", f"{B}x{T}x{4 * C}", f"{B}x{T}x{C}, {H} heads"
 
     def new(*shape: int, scale: float = 1.0) -> Array:
         """In the memory that arenas have: in huge pages where there are any, without which a large table waits for
@@ -153,67 +156,101 @@ def cases(backend: Any, config: Config, B: int, T: int, dtype: str) -> Iterator[
         np.multiply(out, np.float32(scale), out=out)
         return out
 
-    for name, (K, N) in layers.items():
+    def case(op: str, size: str, *args: Any) -> Case:
+        cost = costs.cost(op, dict(zip(costs.PARAMETERS[op], args, strict=True)))
+        return Case(op, size, dtype, cost, _bound(getattr(backend, op), *args))
+
+    def ids() -> Array:
+        return random.integers(V, size=(B, T)).astype(np.int32)
+
+    def products(name: str) -> Iterator[Case]:
+        K, N = layers[name]
         x, w, y = new(B * T, K), new(N, K), new(B * T, N)
-        for use, out, a, b in (("forward", y, x, w), ("dx", x, y, w), ("dw", w, y, x)):
-            out = backend.empty(out.shape, "float32")
+        for use, shape, a, b in (("forward", y.shape, x, w), ("dx", x.shape, y, w), ("dw", w.shape, y, x)):
+            out = backend.empty(shape, "float32")
             cost = Cost(
                 2.0 * B * T * K * N, float(a.nbytes + b.nbytes), float(out.nbytes), (2, 1, 0),
                 float(a.nbytes + b.nbytes + out.nbytes),
             )  # fmt: skip
             # Bound now: a closure would see the loop's last arrays.
-            call = _bound(backend.product, use, out, a, b)
-            yield Case(f"product_{use}", f"{name} {K} -> {N}, {B}x{T}", dtype, cost, call)
+            yield Case(
+                f"product_{use}", f"{name} {K} -> {N}, {B}x{T}", dtype, cost, _bound(backend.product, use, out, a, b)
+            )
+            del out
 
-    def case(op: str, size: str, *args: Any) -> Case:
-        cost = costs.cost(op, dict(zip(costs.PARAMETERS[op], args, strict=True)))
-        return Case(op, size, dtype, cost, _bound(getattr(backend, op), *args))
+    def embedding() -> Iterator[Case]:
+        x, dout, i = new(B, T, C), new(B, T, C), ids()
+        wte, wpe, dwte, dwpe = new(Vp, C, scale=0.02), new(maxT, C), new(Vp, C), new(maxT, C)
+        yield case("embedding_forward", tokens, x, i, wte, wpe, V, 0)
+        yield case("embedding_backward", tokens, dwte, dwpe, dout, i, False)
 
-    ids = random.integers(V, size=(B, T)).astype(np.int32)
-    x, dx, dout = new(B, T, C), new(B, T, C), new(B, T, C)
-    w, b, dw, db = new(C), new(C), new(C), new(C)
-    tokens, wide = f"{B}x{T}x{C}", f"{B}x{T}x{4 * C}"
-    wte, wpe, dwte, dwpe = new(Vp, C, scale=0.02), new(maxT, C), new(Vp, C), new(maxT, C)
-    yield case("embedding_forward", tokens, x, ids, wte, wpe, V, 0)
-    yield case("embedding_backward", tokens, dwte, dwpe, dout, ids, False)
-    mean, rstd = np.zeros((B, T), np.float32), np.ones((B, T), np.float32)
-    yield case("layernorm_forward", tokens, dx, mean, rstd, x, w, b, LAYERNORM_EPS)
-    yield case("layernorm_backward", tokens, dx, dw, db, dout, x, mean, rstd, w, False)
-    yield case("residual_forward", tokens, dx, x, dx)  # in place, as the model does it
-    pre, act, dact = new(B, T, 4 * C), new(B, T, 4 * C), new(B, T, 4 * C)
-    yield case("gelu_forward", wide, act, pre)
-    yield case("gelu_backward", wide, dact, dact, pre)
+    def rows() -> Iterator[Case]:
+        x, dx, dout = new(B, T, C), new(B, T, C), new(B, T, C)
+        w, b, dw, db = new(C), new(C), new(C), new(C)
+        mean, rstd = np.zeros((B, T), np.float32), np.ones((B, T), np.float32)
+        yield case("layernorm_forward", tokens, dx, mean, rstd, x, w, b, LAYERNORM_EPS)
+        yield case("layernorm_backward", tokens, dx, dw, db, dout, x, mean, rstd, w, False)
+        yield case("residual_forward", tokens, dx, x, dx)  # in place, as the model does it
 
-    for K, N in (layers[name] for name in ("qkv", "attproj", "fcproj")):
-        a, y, m, bias = new(B, T, K), new(B, T, N), new(N, K), new(N)
-        yield case("linear_forward", f"{K} -> {N}, {B}x{T}", y, a, m, bias)
-        da, dm, dbias = new(*a.shape), new(*m.shape), new(*bias.shape)
-        yield case("linear_backward", f"{K} -> {N}, {B}x{T}", da, dm, dbias, y, a, m, False)
-    m, bias = new(4 * C, C), new(4 * C)
-    dm, dbias = new(*m.shape), new(*bias.shape)
-    yield case("linear_gelu_forward", f"{C} -> {4 * C}, {B}x{T}", act, pre, x, m, bias)
-    yield case("linear_gelu_backward", f"{C} -> {4 * C}, {B}x{T}", dx, dm, dbias, dact, act, pre, x, m, False)
+    def gelu() -> Iterator[Case]:
+        pre, act, dact = new(B, T, 4 * C), new(B, T, 4 * C), new(B, T, 4 * C)
+        yield case("gelu_forward", wide, act, pre)
+        yield case("gelu_backward", wide, dact, dact, pre)
 
-    heads = f"{tokens}, {H} heads"
-    qkv, dqkv, out, lse = new(B, T, 3 * C), new(B, T, 3 * C), new(B, T, C), np.zeros((B, H, T), np.float32)
-    yield case("attention_forward", heads, out, lse, qkv)
-    yield case("attention_backward", heads, dqkv, dout, qkv, out, lse)
-    keys, values, one, o = new(1, maxT, C), new(1, maxT, C), new(1, 1, 3 * C), new(1, 1, C)
-    yield case("attention_decode", f"1 token after {maxT - 1}", o, keys, values, one, H, maxT - 1)
+    def linear(name: str) -> Iterator[Case]:
+        K, N = layers[name]
+        x, y, w, b = new(B, T, K), new(B, T, N), new(N, K), new(N)
+        yield case("linear_forward", f"{K} -> {N}, {B}x{T}", y, x, w, b)
+        dx, dw, db = new(B, T, K), new(N, K), new(N)
+        yield case("linear_backward", f"{K} -> {N}, {B}x{T}", dx, dw, db, y, x, w, False)
 
-    losses = np.zeros((B, T), np.float32)
-    yield case("head_loss", f"{tokens}, loss alone", losses, None, None, x, wte, ids, V, 1.0, False)
-    yield case("head_loss", f"{tokens}, with gradients", losses, dx, dwte, x, wte, ids, V, 1.0 / (B * T), False)
-    yield case("head_logits", f"1x1x{C}, V={V}", np.zeros((1, 1, V), np.float32), o, wte, V)
+    def linear_gelu() -> Iterator[Case]:
+        x, pre, act, w, b = new(B, T, C), new(B, T, 4 * C), new(B, T, 4 * C), new(4 * C, C), new(4 * C)
+        yield case("linear_gelu_forward", f"{C} -> {4 * C}, {B}x{T}", act, pre, x, w, b)
+        dx, dact, dw, db = new(B, T, C), new(B, T, 4 * C), new(4 * C, C), new(4 * C)
+        yield case("linear_gelu_backward", f"{C} -> {4 * C}, {B}x{T}", dx, dw, db, dact, act, pre, x, w, False)
 
-    moments, squares = backend.empty(wte.shape, "float32"), backend.empty(wte.shape, "float32")
-    yield case("global_norm", f"{Vp}x{C}", dwte)
-    yield case(
-        "adamw_step", f"{Vp}x{C}", wte, moments, squares, dwte, LEARNING_RATE, RECIPE["beta1"], RECIPE["beta2"],
-        RECIPE["eps"], RECIPE["weight_decay"], 10, 1.0,
-    )  # fmt: skip
-    yield case("zero", f"{Vp}x{C}", dwte)
-    yield case("normal", f"{Vp}x{C}", dwte, 0, 0, 0.02)
+    def attention() -> Iterator[Case]:
+        qkv, dqkv, out, dout = new(B, T, 3 * C), new(B, T, 3 * C), new(B, T, C), new(B, T, C)
+        lse = np.zeros((B, H, T), np.float32)
+        yield case("attention_forward", heads, out, lse, qkv)
+        yield case("attention_backward", heads, dqkv, dout, qkv, out, lse)
+
+    def decoding() -> Iterator[Case]:
+        keys, values, qkv, out = new(1, maxT, C), new(1, maxT, C), new(1, 1, 3 * C), new(1, 1, C)
+        yield case("attention_decode", f"1 token after {maxT - 1}", out, keys, values, qkv, H, maxT - 1)
+
+    def head() -> Iterator[Case]:
+        losses, x, wte, i = np.zeros((B, T), np.float32), new(B, T, C), new(Vp, C, scale=0.02), ids()
+        yield case("head_loss", f"{tokens}, loss alone", losses, None, None, x, wte, i, V, 1.0, False)
+        dx, dwte = new(B, T, C), new(Vp, C)
+        yield case("head_loss", f"{tokens}, with gradients", losses, dx, dwte, x, wte, i, V, 1.0 / (B * T), False)
+        logits, one = np.zeros((1, 1, V), np.float32), new(1, 1, C)
+        yield case("head_logits", f"1x1x{C}, V={V}", logits, one, wte, V)
+
+    def update() -> Iterator[Case]:
+        w, dw = new(Vp, C, scale=0.02), new(Vp, C)
+        m, v = backend.empty(w.shape, "float32"), backend.empty(w.shape, "float32")
+        yield case("global_norm", f"{Vp}x{C}", dw)
+        yield case(
+            "adamw_step", f"{Vp}x{C}", w, m, v, dw, LEARNING_RATE, RECIPE["beta1"], RECIPE["beta2"], RECIPE["eps"],
+            RECIPE["weight_decay"], 10, 1.0,
+        )  # fmt: skip
+        yield case("zero", f"{Vp}x{C}", dw)
+        yield case("normal", f"{Vp}x{C}", dw, 0, 0, 0.02)
+
+    for name in layers:
+        yield from products(name)
+    yield from embedding()
+    yield from rows()
+    yield from gelu()
+    for name in ("qkv", "attproj", "fcproj"):
+        yield from linear(name)
+    yield from linear_gelu()
+    yield from attention()
+    yield from decoding()
+    yield from head()
+    yield from update()
 
 
 def _bound(function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
@@ -235,23 +272,37 @@ def _visit(call: Callable[[], Any], warmup: int, least: float) -> tuple[float, f
 
 
 def kernels(settings: Settings, progress: Progress = _silent) -> list[KernelRow]:
-    """Every op, on each instruction set in turn.  ConfigError for one that this CPU lacks."""
+    """Every op, on each instruction set in turn.  ConfigError for one that this CPU lacks.
+
+    An instruction set with a product of bf16 pairs shares all other kernels with the one it extends; unless
+    `settings.isas` names it, nothing but products in bf16 is measured on it.
+    """
     config = preset(settings.init)
     rows = []
     with _checked(settings) as backend:
         isas = settings.isas or backend.info()["isas"]
+        distinct = settings.isas or tuple(isa for isa in isas if not _multiplies_pairs(isa, settings.threads))
+        memory = stream_memory(backend)
         backend.reserve(config.channels, config.vocab_size, config.padded_vocab_size * config.channels)
         for dtype in settings.dtypes:
             for B in settings.batch_sizes:
                 for T in settings.sequence_lengths:
                     for case in cases(backend, config, B, T, dtype):
-                        if settings.only in case.op and (case.cost.products or dtype == settings.dtypes[0]):
+                        products = case.cost.products
+                        if settings.only in case.op and (products or dtype == settings.dtypes[0]):
                             progress(f"{case.op} {case.shape} {dtype}")
-                            rows += _take_turns(case, isas, settings)
+                            chosen = isas if products and dtype == "bf16" else distinct
+                            rows += _take_turns(case, chosen, settings, memory)
+                        del case  # with its arrays, before the next one's are made
     return rows
 
 
-def _take_turns(case: Case, isas: Sequence[str], settings: Settings) -> list[KernelRow]:
+def _multiplies_pairs(isa: str, threads: int | None) -> bool:
+    return bool(_backend(isa, threads, "fp32").info()["bf16_products"])
+
+
+def _take_turns(case: Case, isas: Sequence[str], settings: Settings, memory: Array | None) -> list[KernelRow]:
+    """One case's rows; `memory` is for the streams beside it."""
     took: dict[str, list[float]] = {isa: [] for isa in isas}
     peaks: dict[str, list[float]] = {isa: [] for isa in isas}
     spent = dict.fromkeys(isas, 0.0)
@@ -262,9 +313,9 @@ def _take_turns(case: Case, isas: Sequence[str], settings: Settings) -> list[Ker
             if took[isa] and spent[isa] >= settings.seconds:
                 continue
             backend = _backend(isa, settings.threads, case.dtype)
-            first = measure(backend, what, beside)
+            first = measure(backend, what, memory, beside)
             seconds, whole = _visit(case.call, settings.warmup, turn)
-            peaks[isa].append((first + measure(backend, what, beside)) / 2)
+            peaks[isa].append((first + measure(backend, what, memory, beside)) / 2)
             took[isa].append(seconds)
             spent[isa] += whole
     rows = []
@@ -309,19 +360,14 @@ class TrainingRow:
 class Configuration:
     """What one process trains."""
 
-    init: str
+    init: str  # as `loading.load` takes it
     B: int
     T: int
     dtype: str
     isa: str | None
     threads: int | None
-    seed: int = 0
-
-    def batch(self, step: int) -> tuple[Array, Array]:
-        """Tokens and targets (B, T) int32 of one step: random, and the same for every configuration."""
-        random = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, 0, step]))
-        ids = random.integers(preset(self.init).vocab_size, size=(self.B, self.T + 1)).astype(np.int32)
-        return np.ascontiguousarray(ids[:, :-1]), np.ascontiguousarray(ids[:, 1:])
+    seed: int = 0  # of weights and batches
+    recompute: str = "none"
 
 
 def flops_per_token(config: Config, T: int) -> float:
@@ -332,18 +378,19 @@ def flops_per_token(config: Config, T: int) -> float:
 
 
 class Program:
-    """A model in training: llmc's side of a comparison."""
+    """A model in training on random batches: llmc's side of a comparison."""
 
     def __init__(self, configuration: Configuration) -> None:
         self.configuration = c = configuration
         self.model = loading.load(c.init, isa=c.isa, threads=c.threads, dtype=c.dtype, seed=c.seed)
-        self.model.prepare(c.B, c.T)
+        self.model.prepare(c.B, c.T, c.recompute)
         assert self.model.grads is not None
         self.optimizer = AdamW(self.model.params.table, self.model.params, self.model.grads, self.model.ops, **RECIPE)
 
     def step(self, number: int) -> tuple[float, list[float]]:
         """One step: its loss, and the times at which it began, and had done forward, backward and update."""
-        x, y = self.configuration.batch(number)
+        c = self.configuration
+        x, y = data.random_batch(self.model.config.vocab_size, c.B, c.T, c.seed, number)
         times = [time.perf_counter()]
         loss = self.model.forward(x, y)
         times.append(time.perf_counter())
@@ -381,6 +428,8 @@ class _Failure:
 
 class _Process:
     def __init__(self, configuration: Configuration) -> None:
+        import multiprocessing  # who only wants a Program, as bench/programs.py does, starts without it
+
         self.configuration = c = configuration
         self.name = f"{c.init} B={c.B} T={c.T} {c.dtype}"
         self.took: list[list[float]] = []
@@ -451,7 +500,7 @@ def training(settings: Settings, progress: Progress = _silent) -> list[TrainingR
 
 
 def _step_by_step(processes: Sequence[_Process], settings: Settings) -> None:
-    """Each round begins with another process: none is always the one that follows a certain other."""
+    """Each round begins with the next process, so that none is always the first; neighbours stay neighbours."""
     for number in range(1, 1 + settings.warmup + settings.repeats):
         first = number % len(processes)
         for process in [*processes[first:], *processes[:first]]:

@@ -39,8 +39,8 @@ MODEL_DTYPES = {1: np.dtype("<f4"), 3: np.dtype("<f4"), 5: np.dtype(ml_dtypes.bf
 DEBUG_VERSIONS = {1: 1, 3: 2, 5: 2}  # model version -> the debug state that goes with it
 PADDED = "wte"  # the one tensor whose first axis is the vocabulary
 CHUNK = 1 << 22  # elements converted at a time
-SLICE = 8 << 20  # bytes read at a time by one of so many threads:
-READERS = max(1, min(4, os.cpu_count() or 1))
+SLICE = 8 << 20  # bytes read at a time by one of so many threads, no more than CPUs that this process may use:
+READERS = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 # What other files of the family begin with, for a helpful message.
 MAGICS = {

@@ -494,6 +494,13 @@ def find_shards(patterns: PathLike | Iterable[PathLike]) -> list[str]:
     return found
 
 
+def random_batch(vocab_size: int, B: int, T: int, seed: int, step: int) -> tuple[Array, Array]:
+    """Tokens and targets (B, T) int32 that depend on the arguments alone: every program of a comparison has the same."""
+    random = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, step]))
+    ids = random.integers(vocab_size, size=(B, T + 1)).astype(np.int32)
+    return np.ascontiguousarray(ids[:, :-1]), np.ascontiguousarray(ids[:, 1:])
+
+
 def permutation(n: int, *seed: int) -> Array:
     """A pseudo-random order of 0 .. n-1 that depends on `seed` alone, not on NumPy's version.
 

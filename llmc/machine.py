@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as package_version
 from pathlib import Path
@@ -16,11 +17,8 @@ from llmc import __version__
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def facts(threads: int | None = None) -> dict[str, Any]:
-    """Names and values, in the order in which they are printed."""
-    from llmc import ops
-
-    backend = ops.load("cpu", threads=threads).info()
+def facts(backend: Mapping[str, Any]) -> dict[str, Any]:
+    """Names and values, in the order in which they are printed; `backend` is what the CPU's `info` says."""
     return {
         "processor": processor(),
         "logical CPUs": os.cpu_count(),
@@ -32,7 +30,7 @@ def facts(threads: int | None = None) -> dict[str, Any]:
         "commit": commit(),
         "numpy": installed("numpy"),
         "torch": installed("torch"),
-        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "not set"),
+        "waiting threads": backend["waiting"],
     }
 
 

@@ -43,12 +43,12 @@ class Plan:
 
 def plan(
     config: gpt2.Config, ops: Ops, B: int, T: int, *, dtype: str = "float32", recompute: str = "none",
-    sample_length: int = 0, data: int = 0,
+    sample_length: int = 0, data: int = 0, profile: int = 0,
 ) -> Plan:
     """The plan of training on batches of (B, T): arenas of `dtype` with activations as `recompute` says.
 
     `sample_length` is the number of tokens per sample, 0 for a run that takes none; `data` the bytes of batches
-    and of their order.  ConfigError as by `gpt2.activation_rows`.
+    and of their order, `profile` those of a profile.  ConfigError as by `gpt2.activation_rows`.
     """
     parameters = table_nbytes(gpt2.parameter_rows(config, dtype))
     rows = gpt2.activation_rows(config, B, T, dtype, recompute)
@@ -72,6 +72,7 @@ def plan(
             Part("workspace, shared", workspace["shared"], "logits of a chunk, partial sums"),
             Part("workspace, threads", workspace["threads"], "packed panels, attention blocks"),
             Part("data", data, "batches and their order"),
+            Part("profile", profile, "streams that ops are compared with" if profile else "none"),
         )
     )
 

@@ -33,6 +33,7 @@ from llmc.arena import Array
 from llmc.errors import ConfigError
 
 DEVICES = ("cpu",)
+DTYPES = ("fp32", "bf16")  # of the operands of matrix products; the first is the default
 
 
 class Ops(Protocol):

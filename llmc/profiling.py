@@ -15,9 +15,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from llmc import costs
+from llmc.arena import Array
 from llmc.costs import PARAMETERS, Cost
 from llmc.ops import Ops
 
@@ -50,11 +51,21 @@ def has_ceilings(ops: Any) -> bool:
     return hasattr(ops, "measure_fma")
 
 
-def measure(ops: Any, what: Ceiling, seconds: float = PEAK_SECONDS) -> float:
-    """FLOP/s, or B/s of a stream, over `seconds` on the kernels and threads in use."""
+def memory_nbytes(ops: Any) -> int:
+    """Bytes that a profile allocates: the memory of its streams."""
+    return 4 * int(ops.stream_floats(LARGEST)) if has_ceilings(ops) else 0
+
+
+def stream_memory(ops: Any, nbytes: int = LARGEST) -> Array:
+    """What `measure` needs for streams of up to `nbytes`; made once, so that a measurement allocates nothing."""
+    return cast(Array, ops.empty((ops.stream_floats(nbytes),), "float32"))
+
+
+def measure(ops: Any, what: Ceiling, memory: Array | None = None, seconds: float = PEAK_SECONDS) -> float:
+    """FLOP/s, or B/s of a stream through `memory`, over `seconds` on the kernels and threads in use."""
     kind, reads, writes, updates, nbytes = what
     if kind == "stream":
-        return float(ops.measure_stream(reads, writes, nbytes, seconds, updates))
+        return float(ops.measure_stream(memory, reads, writes, nbytes, seconds, updates))
     return float(ops.measure_dot(seconds) if kind == "dot" else ops.measure_fma(seconds))
 
 
@@ -97,8 +108,10 @@ class Profiled:
     """The backend `ops`, its calls timed while a `step` is on.  Whatever is no op goes to the backend as it is."""
 
     def __init__(self, ops: Ops, steps: int) -> None:
-        """`steps` is the expected number of steps, over which measurements of the ceilings are spread."""
+        """`steps` is the expected number of steps, over which measurements of the ceilings are spread.  Their memory,
+        `memory_nbytes`, is allocated here."""
         self._ops = ops
+        self._memory = stream_memory(ops) if has_ceilings(ops) else None
         self._dtype = ops.info()["dtype"]
         self._every = max(1, -(-steps // ROUNDS))
         self._on = False
@@ -157,7 +170,7 @@ class Profiled:
         if has_ceilings(self._ops):
             needed = {ceiling(calls.cost, self._dtype) for calls in self._counted()}
             for what in sorted(needed | {REGISTERS[self._dtype]}):
-                self._ceilings.setdefault(what, []).append(measure(self._ops, what))
+                self._ceilings.setdefault(what, []).append(measure(self._ops, what, self._memory))
 
     def report(self) -> Profile:
         """The steps so far; RuntimeError before the first."""

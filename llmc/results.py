@@ -15,6 +15,7 @@ from llmc.benchmark import KernelRow, TrainingRow
 from llmc.errors import ConfigError, MissingDependencyError
 
 FORMATS = ("md", "csv", "json")
+PARTS = ("forward", "backward", "update")  # of a training step
 Rows = Sequence[KernelRow] | Sequence[TrainingRow]
 Facts = Mapping[str, Any]
 
@@ -162,10 +163,16 @@ def _draw_kernels(axes: Any, rows: Sequence[KernelRow]) -> None:
 
 def _draw_training(axes: Any, rows: Sequence[TrainingRow]) -> None:
     labels = [f"{row.init} B={row.B} T={row.T} {row.dtype} {row.isa}" for row in rows]
-    left = [0.0] * len(rows)
-    for part in ("forward", "backward", "update"):
-        widths = [getattr(row, f"{part}_ms") for row in rows]
-        axes.barh(range(len(rows)), widths, 0.7, left=left, label=part)
-        left = [a + b for a, b in zip(left, widths, strict=True)]
-    axes.set_yticks(range(len(rows)), labels, fontsize=7)
+    draw_steps(axes, labels, [{part: getattr(row, f"{part}_ms") for part in PARTS} for row in rows])
+
+
+def draw_steps(axes: Any, labels: Sequence[str], steps: Sequence[Mapping[str, float]]) -> list[float]:
+    """A bar per step, from the ms of its PARTS one after another; where each bar ends."""
+    ends = [0.0] * len(steps)
+    for part in PARTS:
+        widths = [step[part] for step in steps]
+        axes.barh(range(len(steps)), widths, 0.7, left=ends, label=part)
+        ends = [a + b for a, b in zip(ends, widths, strict=True)]
+    axes.set_yticks(range(len(steps)), labels, fontsize=7)
     axes.set_xlabel("ms per step")
+    return ends

@@ -18,17 +18,16 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-from llmc import evaluation, gpt2, loading, memory, recipes, sampling, schedule
+from llmc import evaluation, gpt2, loading, memory, profiling, recipes, sampling, schedule
 from llmc import ops as contract
 from llmc.adamw import AdamW
 from llmc.data import Shards, find_shards
 from llmc.errors import ConfigError, DivergenceError
 from llmc.gpt2 import GPT2
-from llmc.ops import Ops
+from llmc.ops import DTYPES, Ops
 from llmc.profiling import Profile, Profiled
 from llmc.stories import Stories
 
-DTYPES = ("fp32", "bf16")
 VALIDATION_SEED = 0  # of the held-out stories: one fixed text, so losses of different runs compare
 
 
@@ -217,7 +216,7 @@ def train(
 
 def _run(config: TrainConfig, model: GPT2 | None, stop: Callable[[], bool], profile: bool) -> Iterator[Event]:
     _check_inputs(config)
-    require_memory(config, model)
+    require_memory(config, model, profile)
     if model is None:
         model = loading.load(
             config.init, device=config.device, isa=config.isa or None, threads=config.threads or None,
@@ -329,18 +328,19 @@ def _require_finite(value: float, what: str, step: int, consequence: str) -> Non
 # ---- memory ----------------------------------------------------------------------------------------
 
 
-def memory_plan(config: TrainConfig) -> memory.Plan:
-    """What `train(config)` will allocate, to the byte.
+def memory_plan(config: TrainConfig, profile: bool = False) -> memory.Plan:
+    """What `train(config, profile=profile)` will allocate, to the byte.
 
     No arena is made, and of models and token files only headers are read.  Raises the errors of `train`, as far
     as they show by then.
     """
     _check_inputs(config)
-    return _plan(config, loading.read_config(config.init), _backend(config))
+    return _plan(config, loading.read_config(config.init), _backend(config), profile=profile)
 
 
-def require_memory(config: TrainConfig, model: GPT2 | None = None) -> None:
-    """ConfigError, saying what would fit, where this machine has less memory available than `train` will take."""
+def require_memory(config: TrainConfig, model: GPT2 | None = None, profile: bool = False) -> None:
+    """ConfigError, saying what would fit, where this machine has less memory available than `train` will take with
+    the same arguments."""
     if model is None:
         ops, shape, dtype, held = _backend(config), loading.read_config(config.init), "float32", 0
     else:
@@ -348,13 +348,16 @@ def require_memory(config: TrainConfig, model: GPT2 | None = None) -> None:
         held = model.nbytes + sum(ops.workspace_nbytes(**gpt2.workspace(shape, dtype)).values())
 
     def make(B: int, recompute: str) -> memory.Plan:
-        return _plan(replace(config, batch_size=B, recompute=recompute, total_batch=0), shape, ops, dtype)
+        smaller = replace(config, batch_size=B, recompute=recompute, total_batch=0)
+        return _plan(smaller, shape, ops, dtype, profile)
 
     sequences = config.total_batch // config.sequence_length
     memory.require(make, config.batch_size, config.recompute, memory.machine(), sequences=sequences, held=held)
 
 
-def _plan(config: TrainConfig, shape: gpt2.Config, ops: contract.Ops, dtype: str = "float32") -> memory.Plan:
+def _plan(
+    config: TrainConfig, shape: gpt2.Config, ops: contract.Ops, dtype: str = "float32", profile: bool = False
+) -> memory.Plan:
     B, T = config.batch_size, config.sequence_length
     if config.train_data:
         batch, order = Shards.nbytes(config.train_data, B, T, shuffle=config.shuffle)
@@ -365,6 +368,7 @@ def _plan(config: TrainConfig, shape: gpt2.Config, ops: contract.Ops, dtype: str
         shape, ops, B, T, dtype=dtype, recompute=config.recompute,
         sample_length=config.sample_length if samples else 0,
         data=2 * batch + order,  # one batch is still held while the next is read
+        profile=profiling.memory_nbytes(ops) if profile else 0,
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ FLAGS = "-O2 -fPIC -shared -mavx512f -mavx512vl -mavx512dq -mavx512bw -mfma -mpr
 SOURCE = """
 #include "kernels.c"
 long scratch_floats(void) { return KERNELS.gemm_scratch; }
+double peak(long rounds, float *value) { return KERNELS.dot_loop(rounds, value); }
 void product(float *c, long ldc, const float *a, long a_rs, long a_cs, const float *b, long b_rs, long b_cs, long M,
              long N, long K, int add, const float *bias, float *scratch) {
     KERNELS.gemm_bf16(c, ldc, a, a_rs, a_cs, b, b_rs, b_cs, M, N, K, add, bias, scratch);
@@ -50,7 +51,15 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     assert done.returncode == 0, done.stderr
     found = ctypes.CDLL(str(folder / "amx.so"))
     found.scratch_floats.restype = ctypes.c_long
+    found.peak.restype = ctypes.c_double
     return found
+
+
+def test_peak(library: ctypes.CDLL) -> None:
+    """Six products of tiles a round, each of 16 x 16 x 32, whose sums are exact: 32 times 2^-10 a round."""
+    value = ctypes.c_float()
+    assert library.peak(ctypes.c_long(5), ctypes.byref(value)) == 5 * 6 * 2 * 16 * 16 * 32
+    assert value.value == 5 * 32 / 1024
 
 
 def rounded(x: Array) -> Array:

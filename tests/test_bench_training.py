@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -135,6 +136,24 @@ def test_pytorch_sees_what_llmc_sees(tmp_path: Path) -> None:
     assert fp32["losses"]["eager"][0] != fp32["losses"]["eager"][1]
     assert 0.0 < bf16["difference"] < 1e-2
     assert fp32["programs"][1]["peak_mib"] > fp32["programs"][1]["library_mib"] > 0.0
+
+
+@pytest.mark.skipif(find_spec("torch") is None, reason="PyTorch is not installed")
+@pytest.mark.heavy
+def test_pytorch_meets_no_kernels(tmp_path: Path, training: Any) -> None:
+    """Two OpenMP runtimes in one process would get in each other's way."""
+    shared = training.Run(SimpleNamespace(seed=0), 1, tmp_path)
+    settings = shared.settings("eager", training.Configuration("tiny", 2, 8, 1), "fp32")
+    program = (
+        f"import json, sys; sys.path.insert(0, {str(BENCH)!r})\n"
+        "import programs\n"
+        "made = programs.PROGRAMS['torch'](json.loads(sys.argv[1]))\n"
+        "assert made.step(0)['loss'] > 0 and made.optimizer.defaults['lr'] == 1e-4\n"
+        "print([name for name in sys.modules if name.startswith('llmc._cpu')])\n"
+    )
+    command = [sys.executable, "-c", program, json.dumps(settings)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
 
 
 @pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is not installed")

@@ -12,6 +12,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import ModuleType
 
@@ -64,6 +65,50 @@ def test_bf16(cpu: ModuleType) -> None:
     assert cpu.info()["dtype"] == "fp32", "set back"
 
 
+def distinct(cpu: ModuleType) -> list[str]:
+    """The instruction sets whose kernels for fp32 are their own; the others only multiply pairs of bf16."""
+    return [isa for isa in cpu.isas() if isa not in ("avx512bf16", "amx", "neonbf16")]
+
+
+def test_shared_kernels_are_measured_once(cpu: ModuleType) -> None:
+    """What multiplies pairs of bf16 is measured doing that; and as a whole where it is asked for by name."""
+    pairs = [isa for isa in cpu.isas() if isa not in distinct(cpu)]
+    if not pairs:
+        pytest.skip("no instruction set here multiplies pairs of bf16")
+    quick = {"init": "tiny", "only": "ion", "dtypes": ("fp32", "bf16"), "repeats": 1, "seconds": 0.0}
+    rows = benchmark.kernels(Settings(**quick))
+    assert {row.op for row in rows} >= {"attention_forward", "attention_decode"}
+    for row in rows:
+        assert row.isa not in pairs or (row.dtype == "bf16" and row.unit == "GFLOP/s")
+    assert {row.isa for row in rows if row.dtype == "bf16"} == set(cpu.isas())
+    named = benchmark.kernels(Settings(**quick, isas=tuple(pairs[-1:])))
+    assert {row.dtype for row in named} == {"fp32", "bf16"} and {row.isa for row in named} == set(pairs[-1:])
+
+
+def test_only_a_few_arrays_at_a_time(cpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AdamW's four arrays as large as the embedding table are the most that there are of those; and once all is done,
+    there are none."""
+    live: dict[int, tuple[int, ...]] = {}
+    most, number, real = [0], [0], cpu.empty
+    config = preset("tiny")
+    tables = {(V, config.channels) for V in (config.vocab_size, config.padded_vocab_size)}
+
+    def empty(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+        array = real(shape, dtype)
+        number[0] += 1
+        live[number[0]] = shape
+        weakref.finalize(array, live.pop, number[0])
+        most[0] = max(most[0], sum(shape in tables for shape in live.values()))
+        return array
+
+    monkeypatch.setattr(cpu, "empty", empty)
+    # With one token per batch no other array is as large.
+    benchmark.kernels(Settings(
+        init="tiny", batch_sizes=(1,), sequence_lengths=(1,), isas=cpu.isas()[:1], only="norm", repeats=1, seconds=0.0,
+    ))  # fmt: skip
+    assert number[0] > 50 and most[0] == 4 and live == {}
+
+
 def test_products(ops: ModuleType, rng: np.random.Generator) -> None:
     """The three uses are those of a linear layer, at an awkward size."""
     M, K, N = 19, 13, 23
@@ -98,7 +143,7 @@ def test_turns(cpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "measure", lambda backend, *a: seen.append(f"peak {backend.info()['isa']}") or 1.0)
     monkeypatch.setattr(benchmark, "TURN_SECONDS", 0.0)
     isas = cpu.isas()
-    rows = benchmark._take_turns(case, isas, Settings(init="tiny", repeats=3, warmup=2, seconds=9.0))
+    rows = benchmark._take_turns(case, isas, Settings(init="tiny", repeats=3, warmup=2, seconds=9.0), None)
     assert [row.isa for row in rows] == list(isas) and all(row.turns == 3 for row in rows)
     assert seen == [word for isa in isas for word in (f"peak {isa}", isa, isa, isa, f"peak {isa}")] * 3
 
@@ -109,7 +154,7 @@ def test_figures(cpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     peaks, times = iter([7e9, 9e9, 3e9, 5e9, 1e9, 1e9]), iter([0.004, 0.002, 0.008])
     monkeypatch.setattr(benchmark, "measure", lambda *a: next(peaks))
     monkeypatch.setattr(benchmark, "_visit", lambda *a: (next(times), 0.1))
-    (row,) = benchmark._take_turns(case, cpu.isas()[:1], Settings(init="tiny", repeats=3))
+    (row,) = benchmark._take_turns(case, cpu.isas()[:1], Settings(init="tiny", repeats=3), None)
     assert row.ms == Spread(3.0, 4.0, 6.0) and row.unit == "GB/s"
     assert row.rate == pytest.approx(2.0) and row.peak == pytest.approx(4.0)
     assert row.fraction == pytest.approx(1.0)  # of 0.25, 1 and 1
@@ -157,7 +202,7 @@ def test_markdown(cpu: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
 def test_csv(cpu: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(f"bench kernels {QUICK} -o csv", capsys)
     rows = list(csv.DictReader(io.StringIO(out)))
-    assert status == 0 and {row["isa"] for row in rows} == set(cpu.isas())
+    assert status == 0 and {row["isa"] for row in rows} == set(distinct(cpu))
     assert {row["op"] for row in rows} >= set(OUTPUTS)
     for row in rows:
         lower, median, upper, rate, peak, fraction = (
@@ -173,7 +218,7 @@ def test_json_and_picture(cpu: ModuleType, tmp_path: Path, capsys: pytest.Captur
     status, out, _ = run(f"bench kernels {QUICK} --only gelu -B 1,2 -T 8,16 -o json --plot {picture}", capsys)
     found = json.loads(out)
     assert status == 0 and found["machine"]["commit"] == machine.commit()
-    assert len(found["rows"]) == 4 * 4 * len(cpu.isas())  # two ops and two fused ones; four shapes
+    assert len(found["rows"]) == 4 * 4 * len(distinct(cpu))  # two ops and two fused ones; four shapes
     assert set(found["rows"][0]["ms"]) == {"lower", "median", "upper"}
     assert_png(picture)
 
@@ -226,12 +271,9 @@ def test_training(cpu: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_program_trains(cpu: ModuleType) -> None:
-    """The very batches that others can be given, and a loss that falls on one seen before."""
-    configuration = Configuration("tiny", 2, 16, "fp32", None, 1)
-    x, y = configuration.batch(3)
-    assert x.shape == y.shape == (2, 16) and x.dtype == np.int32 and (x[:, 1:] == y[:, :-1]).all()
-    assert (configuration.batch(3)[0] == x).all() and (configuration.batch(4)[0] != x).any()
-    program = Program(configuration)
+    """A loss that falls on a batch seen before."""
+    program = Program(Configuration("tiny", 2, 16, "fp32", None, 1, recompute="block"))
+    assert program.model.recompute == "block"
     first, times = program.step(0)
     assert times == sorted(times) and len(times) == 4
     assert abs(first - math.log(257)) < 0.1
@@ -262,6 +304,14 @@ def test_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "site-packages").mkdir()
     monkeypatch.setattr(machine, "ROOT", tmp_path / "site-packages")
     assert machine.commit() == "unknown"
+
+
+def test_facts_leave_the_backend_alone(cpu: ModuleType) -> None:
+    """They are read from what it says of itself, and how its threads wait is among them."""
+    cpu.configure(isa=cpu.isas()[0], threads=1, dtype="bf16")
+    facts = machine.facts(cpu.info())
+    assert (facts["instruction set"], facts["threads"]) == (cpu.isas()[0], 1) and cpu.info()["dtype"] == "bf16"
+    assert facts["waiting threads"] == cpu.info()["waiting"] != ""
 
 
 def test_memory() -> None:

@@ -65,6 +65,16 @@ def test_slices(version: int, slice_bytes: int, tmp_path: Path, monkeypatch: pyt
     assert found.flat.tobytes() == whole.flat.tobytes()
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the CPUs of a process cannot be chosen here")
+def test_no_more_readers_than_cpus() -> None:
+    """CPUs that this process may use, however many the machine has."""
+    program = (
+        "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+        "from llmc import checkpoint; print(checkpoint.READERS)"
+    )
+    assert subprocess.check_output([sys.executable, "-c", program], text=True) == "1\n"
+
+
 @pytest.mark.parametrize("missing", [1, 500, 3000])
 @pytest.mark.parametrize("slice_bytes", [100, 4096, 1 << 20])
 def test_a_file_that_ends_while_it_is_read(

@@ -23,7 +23,7 @@ from guard import OUTPUTS, Arguments, Array, Sizes, example, names
 from numpy.random import Generator
 
 from llmc.errors import ConfigError
-from llmc.ops import Ops, load
+from llmc.ops import DTYPES, Ops, load
 
 CONTRACT = {
     name: list(inspect.signature(function).parameters)[1:]
@@ -80,6 +80,14 @@ def test_load(cpu: ModuleType) -> None:
     assert load("cpu") is cpu
     with pytest.raises(ConfigError, match=r"device: 'tpu'.*cpu"):
         load("tpu")
+
+
+def test_types_of_products(cpu: ModuleType) -> None:
+    """The kernels, which stand below the contract, know the same names in the same order."""
+    from llmc._cpu.isa import DTYPES as known
+
+    assert known == DTYPES
+    assert load("cpu").info()["dtype"] == DTYPES[0]
 
 
 # ---- memory ----------------------------------------------------------------------------------------

@@ -506,3 +506,14 @@ def test_two_readers_in_two_threads(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def test_random_batches() -> None:
+    """Of the seed and the step alone; targets are the tokens one further on."""
+    x, y = data.random_batch(50, 2, 16, seed=7, step=3)
+    assert x.shape == y.shape == (2, 16) and x.dtype == y.dtype == np.int32
+    assert x.flags.c_contiguous and y.flags.c_contiguous and (x[:, 1:] == y[:, :-1]).all()
+    assert 0 <= x.min() < x.max() < 50
+    assert (data.random_batch(50, 2, 16, 7, 3)[0] == x).all()
+    for other in ((7, 4), (8, 3)):
+        assert (data.random_batch(50, 2, 16, *other)[0] != x).any()

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import reference
 
-from llmc import checkpoint, gpt2, hub, loading, memory, sampling, training
+from llmc import checkpoint, gpt2, hub, loading, memory, profiling, sampling, training
+from llmc.__main__ import main
 from llmc.arena import Arena, table_nbytes
 from llmc.data import Shards, write_shard
 from llmc.errors import ConfigError, FileFormatError
@@ -29,57 +30,66 @@ GIB = 1 << 30
 
 # ---- the plan is the run ---------------------------------------------------------------------------
 
-# Every allocation of a run, live at its peak; in a process of its own, whose workspace no test has enlarged.
+# Every mapping of a run, live at its peak or made after the first step; in a process of its own, whose workspace no test
+# has enlarged.
 RECORD = """
-import json, sys, weakref
+import json, mmap, sys, weakref
 from llmc import _cpu, training
-from llmc._cpu import workspace
 
-real, live, peak = workspace.empty, {}, {}
+real, live, peak, made = mmap.mmap, {}, {}, []
 
-def empty(shape, dtype):
-    array = real(shape, dtype)
-    live[id(array)] = array.nbytes
-    weakref.finalize(array, live.pop, id(array))
+def recorded(fileno, length, **options):
+    memory = real(fileno, length, **options)
+    made.append(length)
+    live[id(memory)] = length
+    weakref.finalize(memory, live.pop, id(memory))
     if sum(live.values()) > sum(peak.values()):
         peak.clear()
         peak.update(live)
-    return array
+    return memory
 
-workspace.empty = _cpu.empty = empty
+mmap.mmap = recorded  # whoever takes memory by whichever name: this is where it comes from
 _cpu.configure(threads=97)  # so that the run's scratch is a new one
-config = training.TrainConfig(**json.loads(sys.argv[1]))
-plan = training.memory_plan(config)
+config, profile = training.TrainConfig(**json.loads(sys.argv[1])), sys.argv[2] == "profile"
+plan = training.memory_plan(config, profile)
 told = [part.nbytes for part in plan.parts if part.name != "data"]
 peak.clear()
-events = [type(event).__name__ for event in training.train(config)]
-assert {"Step", "Validation"} <= set(events), events
-print(json.dumps({"peak": sorted(peak.values()), "told": told, "samples": events.count("Sample")}))
+events = []
+for event in training.train(config, profile=profile):
+    events.append(type(event).__name__)
+    if events.count("Step") == 1 and events[-1] == "Step":
+        made.clear()
+assert {"Step", "Validation", *["Profile"] * profile} <= set(events), events
+found = {"peak": sorted(peak.values()), "told": told, "samples": events.count("Sample"), "late": made}
+print(json.dumps(found))
 """
 
 
 @pytest.mark.parametrize("recompute", gpt2.RECOMPUTE)
 @pytest.mark.parametrize(
-    "options",
+    ("options", "profile"),
     [
-        {"threads": 1, "sample_every": 0},
-        {"threads": 3, "sample_every": 2, "sample_length": 64},
-        {"threads": 2, "sample_every": 3, "sample_length": 5, "total_batch": 4 * 2 * 33},
+        ({"threads": 1, "sample_every": 0}, ""),
+        ({"threads": 2, "sample_every": 0}, "profile"),
+        ({"threads": 3, "sample_every": 2, "sample_length": 64}, "profile"),
+        ({"threads": 2, "sample_every": 3, "sample_length": 5, "total_batch": 4 * 2 * 33}, ""),
     ],
 )
-def test_a_run_allocates_what_was_told(options: dict[str, Any], recompute: str) -> None:
-    """Three updates with validation: the arenas that are there at the peak are those of the plan, to the byte."""
+def test_a_run_allocates_what_was_told(options: dict[str, Any], profile: str, recompute: str) -> None:
+    """Three updates with validation: the arenas that are there at the peak are those of the plan, to the byte, and
+    after the first update there are no new ones but a sample's."""
     chosen = {
         "init": "tiny", "batch_size": 2, "sequence_length": 33, "steps": 3, "val_every": 1, "val_batches": 2,
         "recompute": recompute, **options,
     }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-c", RECORD, json.dumps(chosen)], capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", RECORD, json.dumps(chosen), profile], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["samples"] == (1 if options["sample_every"] else 0)
     assert sum(found["peak"]) == sum(found["told"])
+    assert bool(found["late"]) == bool(found["samples"])
     parameters, kept = found["told"][0], sum(found["told"][4:7])
     assert found["peak"].count(parameters) == 4 and kept in found["peak"]
 
@@ -119,6 +129,24 @@ def test_a_sample_that_needs_a_fresh_window_stays_within_what_was_told(cpu: Modu
         assert scratch == table_nbytes(gpt2.decode_rows(config, 1, 1 if count <= 16 else 15))
     assert longest[1] == longest[16] == 1 < longest[17] <= longest[60] <= 15
     assert len(sampling._fresh_window([1, 0, *[1] * 14], eot=0)) == 15
+
+
+def test_a_profile_is_part_of_the_plan(
+    cpu: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its streams' memory, in a line of the dry run and in what a run needs; nothing where a backend has no streams."""
+    nbytes = 4 * cpu.stream_floats(profiling.LARGEST)
+    config = TrainConfig(init="tiny", threads=2)
+    plain, profiled = (training.memory_plan(config, profile) for profile in (False, True))
+    assert profiled.total == plain.total + nbytes > plain.total + (1 << 27)
+    assert profiling.memory_nbytes(reference) == 0
+    monkeypatch.setattr(memory, "machine", lambda: Machine(GIB, profiled.total - 1))
+    for words, status in (([], 0), (["--profile"], 1)):
+        assert main(["train", "--init", "tiny", "--threads", "2", "--dry-run", *words]) == status
+        line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("profile "))
+        assert line.split()[1].replace(",", "") == str(nbytes if words else 0)
+    with pytest.raises(ConfigError, match="^memory: "):
+        next(iter(training.train(config, profile=True)))
 
 
 def test_one_scratch_at_a_time(cpu: ModuleType) -> None:

@@ -3,10 +3,13 @@ business: that depends on who else uses the machine."""
 
 from __future__ import annotations
 
+import functools
 import math
 from types import ModuleType
 
+import numpy as np
 import pytest
+from guard import Guarded
 
 
 def test_registers(ops: ModuleType) -> None:
@@ -21,15 +24,34 @@ def test_registers(ops: ModuleType) -> None:
     [(0, 1, 0), (1, 0, 0), (1, 1, 0), (1, 2, 0), (2, 1, 0), (1, 0, 1), (2, 0, 1), (1, 0, 3), (0, 0, 1), (7, 5, 4)],
 )
 def test_stream(ops: ModuleType, reads: int, writes: int, updates: int, nbytes: int) -> None:
-    rate = ops.measure_stream(reads, writes, nbytes, 0.0, updates)
+    memory = np.full(ops.stream_floats(nbytes), np.nan, np.float32)
+    rate = ops.measure_stream(memory, reads, writes, nbytes, 0.0, updates)
     assert math.isfinite(rate) and rate > 0
+
+
+@pytest.mark.parametrize("reads, writes, updates", [(1, 0, 0), (2, 0, 1), (7, 5, 4)])
+def test_a_stream_stays_in_its_memory(ops: ModuleType, reads: int, writes: int, updates: int) -> None:
+    """Flush with forbidden pages; and what is too short is refused before it is touched."""
+    nbytes = 100_000
+    for place in ("start", "end"):
+        guard = Guarded(np.ones(ops.stream_floats(nbytes), np.float32), place)
+        ops.measure_stream(guard.array, reads, writes, nbytes, 0.0, updates)
+        assert guard.intact() and np.isfinite(guard.array).all()
+    short = np.ones(nbytes // 4, np.float32)
+    with pytest.raises(ValueError, match="memory: 25,000 floats are too few"):
+        ops.measure_stream(short, reads, writes, nbytes, 0.0, updates)
+    with pytest.raises(TypeError, match="memory"):
+        ops.measure_stream(None, reads, writes, nbytes, 0.0, updates)
+    assert (short == 1).all()
 
 
 def test_time_is_spent(cpu: ModuleType) -> None:
     """A measurement takes as long as it was told, so more time means more samples and not another unit."""
     import time
 
-    for measure in (cpu.measure_fma, cpu.measure_dot, lambda seconds: cpu.measure_stream(1, 1, 1 << 16, seconds)):
+    memory = np.zeros(cpu.stream_floats(1 << 16), np.float32)
+    stream = functools.partial(cpu.measure_stream, memory, 1, 1, 1 << 16)
+    for measure in (cpu.measure_fma, cpu.measure_dot, stream):
         began = time.perf_counter()
         measure(0.05)
         assert time.perf_counter() - began >= 0.05
@@ -39,7 +61,7 @@ def test_time_is_spent(cpu: ModuleType) -> None:
 def test_impossible_streams(cpu: ModuleType, arrays: tuple[int, int, int]) -> None:
     reads, writes, updates = arrays
     with pytest.raises(ValueError, match="reads, writes, updates"):
-        cpu.measure_stream(reads, writes, 4096, 0.0, updates)
+        cpu.measure_stream(np.zeros(1 << 14, np.float32), reads, writes, 4096, 0.0, updates)
 
 
 def test_they_belong_to_no_contract() -> None:

@@ -82,7 +82,9 @@ class Clockwork:
     def measure_fma(self, seconds: float) -> float:
         return 1e9
 
-    def measure_stream(self, reads: int, writes: int, nbytes: int, seconds: float, updates: int) -> float:
+    def measure_stream(
+        self, memory: Any, reads: int, writes: int, nbytes: int, seconds: float, updates: int
+    ) -> float:
         self.asked.append((reads, writes, updates, nbytes))
         return float(4e6 * len(self.asked))
 

@@ -1,5 +1,5 @@
 """The CPU backend: every op of `llmc.ops.Ops`, in Cython over C kernels; and, outside that contract, what measuring
-needs: the ceilings `measure_*`, and `product`, one matrix product alone.
+needs: the ceilings `measure_*` with the memory they take, and `product`, one matrix product alone.
 
 `configure` chooses the kernel table and the number of threads (`ops.load` calls it); until then the best table runs on
 one thread.
@@ -18,7 +18,7 @@ with policy():  # OpenMP's library is loaded here, and reads how its threads sha
     from llmc._cpu.linear import linear_backward, linear_forward, linear_gelu_backward, linear_gelu_forward, product
     from llmc._cpu.norm import layernorm_backward, layernorm_forward
     from llmc._cpu.optimizer import adamw_step, global_norm
-    from llmc._cpu.peak import measure_dot, measure_fma, measure_stream
+    from llmc._cpu.peak import measure_dot, measure_fma, measure_stream, stream_floats
     from llmc._cpu.philox import normal
     from llmc._cpu.workspace import empty, reserve, resize_scratch, workspace_nbytes
 
@@ -27,7 +27,7 @@ __all__ = [
     "embedding_backward", "embedding_forward", "empty", "gelu_backward", "gelu_forward", "global_norm",
     "head_logits", "head_loss", "info", "isas", "layernorm_backward", "layernorm_forward", "linear_backward",
     "linear_forward", "linear_gelu_backward", "linear_gelu_forward", "measure_dot", "measure_fma", "measure_stream",
-    "normal", "product", "reserve", "residual_forward", "workspace_nbytes", "zero",
+    "normal", "product", "reserve", "residual_forward", "stream_floats", "workspace_nbytes", "zero",
 ]  # fmt: skip
 
 

@@ -8,13 +8,10 @@ These are no ops: a backend need not have them, and no model calls them.  Whoeve
 op's own turn and compares the two.
 """
 
-import numpy as np
-
 from cython.parallel cimport prange
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from llmc._cpu cimport isa
-from llmc._cpu.workspace import empty
 
 cdef enum:
     ROUNDS = 20000   # of a loop on registers, between two looks at the clock: a tenth of a millisecond or more
@@ -106,21 +103,28 @@ def _stream(float[::1] memory, Py_ssize_t stride, int reads, int writes, int upd
     return sum([_rates[i] for i in range(threads)])
 
 
-def measure_stream(reads, writes, nbytes, seconds=0.02, updates=0):
+def stream_floats(nbytes):
+    """Floats of memory that are enough for any stream of up to `nbytes`."""
+    return max(64 * ARRAYS, nbytes // 4) + SKEW * ARRAYS
+
+
+def measure_stream(float[::1] memory not None, reads, writes, nbytes, seconds=0.02, updates=0):
     """B/s of a stream: `reads` arrays read, `writes` written and `updates` read and written in place, float32, of
     `nbytes` together, on all threads, over `seconds` or a little more, over and over the same arrays.
 
-    Bytes are counted as a program sees them, an updated array twice.  What a cache fetches before it is written, or
-    writes back, is the machine's own affair, of the op that is compared as of the stream.  ValueError for no array, or
-    for more than 16.
+    The arrays lie in `memory`, which is overwritten; `stream_floats` says how much of it is enough.  Bytes are counted
+    as a program sees them, an updated array twice.  What a cache fetches before it is written, or writes back, is the
+    machine's own affair, of the op that is compared as of the stream.  ValueError for no array, for more than 16, or for
+    too little memory.
     """
     arrays = reads + writes + updates
     if min(reads, writes, updates) < 0 or not 1 <= arrays <= ARRAYS:
         raise ValueError(f"reads, writes, updates: {reads}, {writes}, {updates} are not 1 to {ARRAYS} arrays")
     n = max(64, nbytes // 4 // arrays // 64 * 64)  # whole steps of any kernel table's loop
     stride = n + SKEW
-    memory = empty((stride * arrays,), np.float32)
+    if memory.shape[0] < stride * arrays:
+        raise ValueError(f"memory: {memory.shape[0]:,} floats are too few, the stream takes {stride * arrays:,}")
     passes = max(1, (1 << 18) // (n * arrays))  # a megabyte at least between two looks at the clock
-    _stream(memory, stride, 0, arrays, 0, n, 1, 0.0)  # pages exist from their first writing on
+    _stream(memory, stride, 0, arrays, 0, n, 1, 0.0)  # finite numbers, in pages that exist
     _stream(memory, stride, reads, writes, updates, n, passes, 0.0)
     return _stream(memory, stride, reads, writes, updates, n, passes, seconds)
