@@ -139,8 +139,11 @@ class Case:
 
 def cases(backend: Any, config: Config, B: int, T: int, dtype: str) -> Iterator[Case]:
     """Every op of the contract at the shapes of a training step (decoding ops at theirs), and a linear layer's three
-    products one by one.  The arrays of a few related ops exist at a time: a generator each, whose locals end with it, if
-    the caller lets go of a case before it asks for the next."""
+    products one by one.
+
+    Only the arrays of a few related ops exist at a time, if the caller lets go of a case before it asks for the next:
+    these ops are a generator of their own, and its locals end with it.
+    """
     random = np.random.default_rng(0)
     C, H, V, Vp, maxT = (
         config.channels, config.num_heads, config.vocab_size, config.padded_vocab_size, config.max_seq_len

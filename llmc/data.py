@@ -495,7 +495,7 @@ def find_shards(patterns: PathLike | Iterable[PathLike]) -> list[str]:
 
 
 def random_batch(vocab_size: int, B: int, T: int, seed: int, step: int) -> tuple[Array, Array]:
-    """Tokens and targets (B, T) int32 that depend on the arguments alone: every program of a comparison has the same."""
+    """Tokens and targets (B, T) int32 that depend on the arguments alone: the same for all programs of a comparison."""
     random = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, step]))
     ids = random.integers(vocab_size, size=(B, T + 1)).astype(np.int32)
     return np.ascontiguousarray(ids[:, :-1]), np.ascontiguousarray(ids[:, 1:])

@@ -30,8 +30,8 @@ GIB = 1 << 30
 
 # ---- the plan is the run ---------------------------------------------------------------------------
 
-# Every mapping of a run, live at its peak or made after the first step; in a process of its own, whose workspace no test
-# has enlarged.
+# Every mapping of a run, live at its peak or made after the first step; in a process of its own, whose workspace no
+# test has enlarged.
 RECORD = """
 import json, mmap, sys, weakref
 from llmc import _cpu, training

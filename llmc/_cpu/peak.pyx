@@ -112,10 +112,11 @@ def measure_stream(float[::1] memory not None, reads, writes, nbytes, seconds=0.
     """B/s of a stream: `reads` arrays read, `writes` written and `updates` read and written in place, float32, of
     `nbytes` together, on all threads, over `seconds` or a little more, over and over the same arrays.
 
-    The arrays lie in `memory`, which is overwritten; `stream_floats` says how much of it is enough.  Bytes are counted
-    as a program sees them, an updated array twice.  What a cache fetches before it is written, or writes back, is the
-    machine's own affair, of the op that is compared as of the stream.  ValueError for no array, for more than 16, or for
-    too little memory.
+    The arrays lie in `memory` (float32), which is overwritten; `stream_floats` says how much of it is enough.
+
+    Bytes are counted as a program sees them, an updated array twice.  What a cache fetches before it is written, or
+    writes back, is the machine's own affair, of the op that is compared as of the stream.  ValueError for no array, for
+    more than 16, or for too little memory.
     """
     arrays = reads + writes + updates
     if min(reads, writes, updates) < 0 or not 1 <= arrays <= ARRAYS:
