@@ -36,6 +36,7 @@ from llmc.gpt2 import parameter_rows, preset
 
 CONFIGURATIONS = "d12:4x64=9,d12:4x1024=3,stories:4x256=25"
 PROGRAMS = {"llmc": "llmc", "llmc-block": "llmc, recompute block", "eager": "PyTorch eager", "compile": "torch.compile"}
+TRAINED = {"lr": LEARNING_RATE, **RECIPE}
 LONG = 512  # tokens from which on activations are worth recomputing
 LARGEST_DIFFERENCE = 1e-4  # of two fp32 losses of the same step
 BF16_DIFFERENCE = 1e-2  # of a bf16 loss from fp32's: see bench/README.md
@@ -142,8 +143,6 @@ class Worker:
 class Run:
     """What all measurements share: the options, the model files, and what cannot be measured here, with the reason."""
 
-    recipe = {"lr": LEARNING_RATE, **RECIPE}
-
     def __init__(self, args: argparse.Namespace, threads: int, folder: Path) -> None:
         self.args, self.threads, self.folder = args, threads, folder
 
@@ -166,7 +165,7 @@ class Run:
         rows = [(row.name, row.shape, row.layers) for row in parameter_rows(config)]
         return {
             "kind": "torch", "compiled": program == "compile", "config": asdict(config), "rows": rows,
-            "recipe": self.recipe, **common,
+            "recipe": TRAINED, **common,
         }  # fmt: skip
 
     def missing(self, program: str) -> str:
@@ -352,7 +351,7 @@ def main() -> None:
         facts = machine.facts(ops.load("cpu", threads=args.threads).info())
     except LlmcError as error:
         sys.exit(f"bench: {error}")
-    result: dict[str, Any] = {"machine": facts, "recipe": Run.recipe, "seed": args.seed, "configurations": []}
+    result: dict[str, Any] = {"machine": facts, "recipe": TRAINED, "seed": args.seed, "configurations": []}
     with tempfile.TemporaryDirectory() as folder:
         run = Run(args, facts["threads"], Path(folder))
         for c in args.configs:
