@@ -51,15 +51,19 @@ static void fill(void) {
 
 /* The one place that knows gemm's arguments: z (M x N) = A (M x K) B (K x N), A from x and B from y, each with its rows
  * or, transposed, its columns contiguous. */
-static void product(ptrdiff_t M, ptrdiff_t N, ptrdiff_t K, int a_transposed, int b_transposed, int add,
+static void product(Gemm *gemm, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K, int a_transposed, int b_transposed, int add,
                     const float *bias) {
-    k->gemm(z, N, x, a_transposed ? 1 : K, a_transposed ? M : 1, y, b_transposed ? 1 : N, b_transposed ? K : 1, M, N, K,
+    gemm(z, N, x, a_transposed ? 1 : K, a_transposed ? M : 1, y, b_transposed ? 1 : N, b_transposed ? K : 1, M, N, K,
             add, bias, scratch);
 }
 
-static void forward(ptrdiff_t M, ptrdiff_t N, ptrdiff_t K) { product(M, N, K, 0, 1, 0, w); }
-static void input_gradient(ptrdiff_t M, ptrdiff_t N, ptrdiff_t K) { product(M, N, K, 0, 0, 0, NULL); }
-static void weight_gradient(ptrdiff_t M, ptrdiff_t N, ptrdiff_t K) { product(M, N, K, 1, 0, 1, NULL); }
+static void forward(Gemm *gemm, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K) { product(gemm, M, N, K, 0, 1, 0, w); }
+static void input_gradient(Gemm *gemm, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K) {
+    product(gemm, M, N, K, 0, 0, 0, NULL);
+}
+static void weight_gradient(Gemm *gemm, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K) {
+    product(gemm, M, N, K, 1, 0, 1, NULL);
+}
 
 int main(void) {
     x = array(LENGTH), y = array(LENGTH), z = array(LENGTH), w = array(LENGTH);
@@ -67,13 +71,16 @@ int main(void) {
     const AdamW update = {1e-3f, 0.9f, 0.1f, 2.0f, 0.999f, 0.001f, 3.0f, 1e-8f, 0.1f, 1.0f};
     float a, b;
 
-    RUN("gemm forward 256x384x320", forward(256, 384, 320));
-    RUN("gemm forward 61x101x67", forward(61, 101, 67));
-    RUN("gemm forward 5x384x320", forward(5, 384, 320));
-    RUN("gemm input gradient 256x320x384", input_gradient(256, 320, 384));
-    RUN("gemm input gradient 61x67x101", input_gradient(61, 67, 101));
-    RUN("gemm weight gradient 384x320x256", weight_gradient(384, 320, 256));
-    RUN("gemm weight gradient 101x67x61", weight_gradient(101, 67, 61));
+    RUN("gemm forward 256x384x320", forward(k->gemm, 256, 384, 320));
+    RUN("gemm forward 61x101x67", forward(k->gemm, 61, 101, 67));
+    RUN("gemm forward 5x384x320", forward(k->gemm, 5, 384, 320));
+    RUN("gemm input gradient 256x320x384", input_gradient(k->gemm, 256, 320, 384));
+    RUN("gemm input gradient 61x67x101", input_gradient(k->gemm, 61, 67, 101));
+    RUN("gemm weight gradient 384x320x256", weight_gradient(k->gemm, 384, 320, 256));
+    RUN("gemm weight gradient 101x67x61", weight_gradient(k->gemm, 101, 67, 61));
+    RUN("gemm bf16 forward 61x101x67", forward(k->gemm_bf16, 61, 101, 67));
+    RUN("gemm bf16 input gradient 61x67x101", input_gradient(k->gemm_bf16, 61, 67, 101));
+    RUN("gemm bf16 weight gradient 101x67x61", weight_gradient(k->gemm_bf16, 101, 67, 61));
     RUN("dot_rows 384x320", k->dot_rows(z, x, y, 320, 320, 384, w));
     RUN("dot_rows 101x67", k->dot_rows(z, x, y, 67, 67, 101, w));
 
@@ -100,6 +107,7 @@ int main(void) {
     RUN("sum of squares 16384", k->sumsq_span(x, 16384));
     RUN("adamw 16384", k->adamw_span(z, w, y, x, 16384, &update));
     RUN("adamw 101", k->adamw_span(z, w, y, x, 101, &update));
+    RUN("normal 4096", k->normal_span(x, 4096, 1, 2, 3, 0.02f));
     RUN("column sum 256x64", k->column_sum(z, x, 768, 256, 64));
     RUN("column sum 61x19", k->column_sum(z, x, 101, 61, 19));
     return 0;

@@ -76,7 +76,7 @@ MACHINE = (
     Option("dtype", "", str, "NAME", "of matrix products: fp32 or bf16, summed in fp32 (fp32)"),
     Option("device", "", str, "NAME", "cpu, the only one in this version (cpu)"),
     Option("threads", "", int, "N", "0: OMP_NUM_THREADS, else the physical cores (0)"),
-    Option("isa", "", str, "NAME", "scalar, avx2, avx512, avx512bf16, neon, neonbf16 (the best here)"),
+    Option("isa", "", str, "NAME", "scalar, avx2, avx512, avx512bf16, amx, neon, neonbf16 (the best here)"),
     Option("seed", "", int, "N", "of initial weights, samples and shuffling (0)"),
 )
 TRAIN_OPTIONS = (

@@ -319,6 +319,7 @@ def print_info(stream: TextIO, device: str = "cpu", isa: str | None = None, thre
     }
     info = ops.load(device, isa=isa, threads=threads).info()
     rows["instruction set"] = f"{info['isa']} in use; {', '.join(info['isas'])} available"
+    rows["bf16 products"] = "one instruction per pair" if info["bf16_products"] else "rounded, multiplied in fp32"
     rows["threads"] = str(info["threads"])
     rows["waiting threads"] = info["waiting"]
     rows["OpenMP"] = f"specification {info['openmp']}" if info["openmp"] else "built without: one thread"

@@ -44,9 +44,14 @@ def load(
     * "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", or "owner/model": the weights from the hub.
 
     Of weights that are read, `vocab_size` must be the one asked for and `max_seq_len` at least that.
-    `device`, `isa`, `threads` and `dtype` are those of `ops.load`; or `ops` is a backend already set up.  Raises
-    ConfigError, FileFormatError, DownloadError or MissingDependencyError.
+    `device`, `isa`, `threads` and `dtype` are those of `ops.load`, which sets them for the whole process; or `ops` is a
+    backend already set up, and they are not given.  Raises ConfigError, FileFormatError, DownloadError or
+    MissingDependencyError.
     """
+    given = {"isa": isa, "threads": threads, "dtype": dtype}
+    for field, value in given.items():
+        if ops is not None and value is not None:
+            raise ConfigError(field, f"{value!r} is given beside a backend that is set up already")
     name = os.fspath(source)
     backend = contract.load(device, isa=isa, threads=threads, dtype=dtype) if ops is None else ops
     if is_preset(name):

@@ -19,8 +19,9 @@ Conventions, said once:
   sized by `reserve` before the first call; a workspace that is too small raises `RuntimeError`.
 * The workspace is shared: a backend is called from one thread at a time (it uses as many as it is told to).
 * A backend that is loaded with dtype "bf16" rounds both operands of every matrix product (linear layers, attention,
-  head) to bf16, to nearest, ties to even, and sums in fp32; products of a row or a few, as in decoding, may leave them
-  as they are.  Everything else, and all that lies in memory, stays fp32: the parameters are their own masters.
+  head) to bf16, to nearest, ties to even (denormal numbers may count as zero), and sums in fp32; products of a row or
+  a few, as in decoding, may leave them as they are.  Everything else, and all that lies in memory, stays fp32: the
+  parameters are their own masters.
 * Results do not depend on the number of threads: every output has one owner, and long sums are taken over
   chunks of fixed size that are combined in order.
 """
@@ -206,8 +207,10 @@ def load(
 ) -> Ops:
     """The backend for `device`, set up.
 
-    `isa` names a kernel table ("scalar", "avx2", "avx512", "avx512bf16", "neon", "neonbf16"), else LLMC_ISA, else
-    the best this CPU has; `threads` defaults to OMP_NUM_THREADS, else the physical cores this process may use;
+    A backend is one per process, and so are these settings: the last `load` decides for every model.
+
+    `isa` names a kernel table ("scalar", "avx2", "avx512", "avx512bf16", "amx", "neon", "neonbf16"), else LLMC_ISA,
+    else the best this CPU has ("amx" is never chosen unasked: nobody has run it yet); `threads` defaults to OMP_NUM_THREADS, else the physical cores this process may use;
     `dtype` is the precision of matrix products, "fp32" (the default) or "bf16".  Raises ConfigError for anything
     unknown or not available here.
     """

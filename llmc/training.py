@@ -196,10 +196,10 @@ def train(
 ) -> Iterator[Event]:
     """Train as `config` says (None: the recipe `stories`), yielding events.
 
-    `model`, if given, is trained in place with the backend it has, and `config.init`, `device`, `threads` and `isa`
-    are only noted; else it is loaded.  `stop` is
-    asked before every update whether to end the run early, which then saves its model like any other.  With
-    `profile` the ops are timed, which changes no result, and after the last update comes a `Profile`.
+    `model`, if given, is trained in place with the backend it has: `config.init`, `device`, `threads` and `isa` are
+    only noted, and another `dtype` than the backend's is a ConfigError.  Else it is loaded.  `stop` is asked before
+    every update whether to end the run early, which then saves its model like any other.  With `profile` the ops are
+    timed, which changes no result, and after the last update comes a `Profile`.
 
     Validation and sampling happen when the number of updates done is a multiple of their interval:
     validation at 0 too, and both after the last update only if its count is such a multiple.
@@ -216,14 +216,11 @@ def train(
 
 def _run(config: TrainConfig, model: GPT2 | None, stop: Callable[[], bool], profile: bool) -> Iterator[Event]:
     _check_inputs(config)
+    if model is not None:
+        _require_dtype(config, model)
     require_memory(config, model, profile)
     if model is None:
-        model = loading.load(
-            config.init, device=config.device, isa=config.isa or None, threads=config.threads or None,
-            dtype=config.dtype, seed=config.seed,
-        )  # fmt: skip
-    elif config.dtype != model.ops.info()["dtype"]:
-        raise ConfigError("dtype", f"{config.dtype!r}, but the model was loaded with {model.ops.info()['dtype']!r}")
+        model = loading.load(config.init, ops=_backend(config), seed=config.seed)
     B, T = config.batch_size, config.sequence_length
     model.prepare(B, T, config.recompute)
     data, held_out = _open_data(config, model)
@@ -284,6 +281,7 @@ def _update(
 ) -> Step:
     """Update number `step`: gradients of the mean loss over all micro batches, clipped, applied."""
     began = time.perf_counter()
+    _require_dtype(config, model)
     if config.overfit:
         data.reset()
     count = config.micro_batches
@@ -306,6 +304,13 @@ def _update(
     optimizer.step(lr, config.grad_clip / norm if clipped else 1.0)
     seconds = time.perf_counter() - began
     return Step(step, loss, norm, lr, seconds, config.tokens_per_update / seconds)
+
+
+def _require_dtype(config: TrainConfig, model: GPT2) -> None:
+    """The precision is the process's: a caller who loads another model between two events may have changed it."""
+    found = model.ops.info()["dtype"]
+    if found != config.dtype:
+        raise ConfigError("dtype", f"{config.dtype!r} was asked for, but the backend was last loaded with {found!r}")
 
 
 def _validate(config: TrainConfig, model: GPT2, held_out: Shards | Stories, step: int) -> Validation:
@@ -373,7 +378,9 @@ def _plan(
 
 
 def _backend(config: TrainConfig) -> contract.Ops:
-    return contract.load(config.device, isa=config.isa or None, threads=config.threads or None)
+    return contract.load(
+        config.device, isa=config.isa or None, threads=config.threads or None, dtype=config.dtype
+    )  # fmt: skip
 
 
 # ---- data ------------------------------------------------------------------------------------------

@@ -53,6 +53,10 @@ def reserve(channels: int, vocab_size: int, parameters: int) -> None:
     pass
 
 
+def workspace_nbytes(channels: int, vocab_size: int, parameters: int) -> dict[str, int]:
+    return {"shared": 0, "threads": 0}
+
+
 # ---- random numbers --------------------------------------------------------------------------------
 
 
@@ -90,8 +94,6 @@ def normal(out: Array, seed: int, stream: int, std: float) -> None:
     # Reduced while exact: pi x in float64 would miss the zeros at the multiples of pi/2.
     sine = np.sin(np.pi * np.where(np.abs(x) <= 0.5, x, np.sign(x) - x))
     out[...] = (std * r * np.where(cosine, np.sin(np.pi * (0.5 - np.abs(x))), sine)).reshape(out.shape)
-def workspace_nbytes(channels: int, vocab_size: int, parameters: int) -> dict[str, int]:
-    return {"shared": 0, "threads": 0}
 
 
 # ---- embedding -------------------------------------------------------------------------------------

@@ -102,6 +102,17 @@ def test_what_is_not_finite_stays_so(ops_bf16: ModuleType, bad: float) -> None:
     assert (np.delete(out[0], (3, 5), axis=0) == 33).all()
 
 
+def test_denormal_numbers(ops_bf16: ModuleType) -> None:
+    """They are rounded, or count as zero."""
+    bits = np.array([0x00000001, 0x00008000, 0x00012345, 0x007F8000, 0x80400000], np.uint32)
+    x = np.zeros((1, 8, 5), np.float32)
+    x[0, :5] = np.diag(bits.view(np.float32))
+    out = blank(1, 8, 1)
+    ops_bf16.linear_forward(out, x, np.ones((1, 5), np.float32), None)
+    expected = rounded(bits.view(np.float32))
+    assert ((out[0, :5, 0] == expected) | (out[0, :5, 0] == 0)).all()
+
+
 def test_it_is_not_fp32(ops_bf16: ModuleType, rng: Generator) -> None:
     """The switch does something, in every op with a product."""
     for op, make in {

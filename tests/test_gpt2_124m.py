@@ -55,6 +55,16 @@ def judge(request: pytest.FixtureRequest, tokens: tuple[Array, Array]) -> tuple[
     return request.param, result
 
 
+def errors(model: gpt2.GPT2, right: Result) -> dict[str, float]:
+    """Of each gradient tensor, relative to its norm."""
+    assert model.grads is not None
+    return {
+        row.name: float(np.linalg.norm(ours[: len(theirs)] - theirs) / np.linalg.norm(theirs))
+        for row, ours in model.grads
+        for theirs in [right.gradients[row.name]]
+    }
+
+
 @pytest.mark.parametrize("isa", ISAS)
 def test_against_pytorch(cpu: ModuleType, judge: tuple[str, Result], tokens: tuple[Array, Array], isa: str) -> None:
     """Logits within 5e-6 of the largest, each gradient within 5e-6 of its norm, ten AdamW losses within 2e-6
@@ -69,12 +79,8 @@ def test_against_pytorch(cpu: ModuleType, judge: tuple[str, Result], tokens: tup
     logits = float(np.abs(model.logits(x) - right.logits).max() / np.abs(right.logits).max())
     losses = [model.forward(x, y)]
     model.backward(x)
+    gradients = errors(model, right)
     assert model.grads is not None
-    gradients = {
-        row.name: float(np.linalg.norm(ours[: len(theirs)] - theirs) / np.linalg.norm(theirs))
-        for row, ours in model.grads
-        for theirs in [right.gradients[row.name]]
-    }
     optimizer = AdamW(model.params.table, model.params, model.grads, cpu, weight_decay=0.1)
     for _ in range(STEPS - 1):
         optimizer.step(LR)
@@ -86,3 +92,23 @@ def test_against_pytorch(cpu: ModuleType, judge: tuple[str, Result], tokens: tup
     assert logits < 5e-6
     assert gradients[worst] < 5e-6, gradients
     assert loss < {"raw": 2e-6, "perturbed": 5e-5}[weights]
+
+
+@pytest.mark.parametrize("isa", ["avx2", "avx512bf16", "neonbf16"])
+def test_gradients_in_bf16(
+    cpu: ModuleType, judge: tuple[str, Result], tokens: tuple[Array, Array], isa: str
+) -> None:
+    """Each within 2e-2 of its norm, where products of bf16 are emulated and where the CPU has them."""
+    if isa not in cpu.isas():
+        pytest.skip(f"this CPU cannot run {isa}")
+    cpu.configure(isa, None, "bf16")
+    weights, right = judge
+    model = gpt2.GPT2(gpt2.preset("gpt2"), cpu)
+    fill(model, weights)
+    model.forward(*tokens)
+    model.backward(tokens[0])
+    gradients = errors(model, right)
+    worst = max(gradients, key=lambda name: gradients[name])
+    print(f"{weights} {isa} bf16: gradient {gradients[worst]:.2e} ({worst})")
+    assert gradients[worst] < 2e-2, gradients
+    assert gradients[worst] > 1e-4, "bf16 was not in use"

@@ -24,7 +24,7 @@ THREADS = (1, 2, 3, 4)
 
 def run(ops: ModuleType, op: str, sizes: Sizes, threads: int, accumulate: bool) -> dict[str, bytes]:
     """What the op writes and returns, as bytes."""
-    ops.configure(isa=ops.info()["isa"], threads=threads)
+    ops.configure(isa=ops.info()["isa"], threads=threads, dtype=ops.info()["dtype"])
     assert ops.info()["threads"] == threads or not ops.info()["openmp"]
     given = example(op, np.random.default_rng(7), sizes, accumulate)
     returned = getattr(ops, op)(*given.values())
@@ -40,6 +40,15 @@ def test_same_bits(ops: ModuleType, op: str, sizes: Sizes) -> None:
         for threads, result in zip(THREADS, results, strict=True):
             for name, content in result.items():
                 assert content == results[0][name], f"{op}: {name} differs between 1 and {threads} threads"
+
+
+PRODUCTS = [op for op in OUTPUTS if op.startswith(("linear", "attention", "head"))]
+
+
+@pytest.mark.parametrize("sizes", [pytest.param(LARGE, marks=pytest.mark.heavy, id="large"), SMALL])
+@pytest.mark.parametrize("op", PRODUCTS)
+def test_same_bits_in_bf16(ops_bf16: ModuleType, op: str, sizes: Sizes) -> None:
+    test_same_bits(ops_bf16, op, sizes)
 
 
 @pytest.mark.heavy

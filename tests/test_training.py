@@ -535,3 +535,27 @@ def test_the_default_run_comes_near_the_entropy(cpu: ModuleType) -> None:
     last = [event for event in train(config) if isinstance(event, Validation)][-1]
     assert last.floor is not None and last.step == config.steps
     assert 0 < last.loss - last.floor < 0.15
+
+
+def test_bf16_is_what_runs(cpu: ModuleType) -> None:
+    """The configuration's precision reaches the backend; one that is changed under way stops the run."""
+    losses = {}
+    for dtype in ("fp32", "bf16"):
+        config = TrainConfig(init="tiny", dtype=dtype, steps=2, val_every=0, sample_every=0, threads=2)
+        events = list(train(config))
+        assert isinstance(events[0], Started) and events[0].backend["dtype"] == dtype
+        losses[dtype] = [event.loss for event in events if isinstance(event, Step)]
+    assert losses["fp32"] != losses["bf16"]
+    np.testing.assert_allclose(losses["bf16"], losses["fp32"], rtol=0.01)
+    with pytest.raises(ConfigError, match="^dtype: 'fp32' was asked for, but the backend was last loaded with 'bf16'"):
+        next(train(TrainConfig(init="tiny", steps=1), loading.load("tiny", dtype="bf16")))
+    events_of = train(TrainConfig(init="tiny", dtype="bf16", steps=2, val_every=0, sample_every=0))
+    next(events_of)
+    loading.load("tiny")
+    with pytest.raises(ConfigError, match="last loaded with 'fp32'"):
+        list(events_of)
+
+
+def test_a_backend_that_is_set_up_takes_no_settings(cpu: ModuleType) -> None:
+    with pytest.raises(ConfigError, match="^dtype: 'bf16' is given beside a backend"):
+        loading.load("tiny", ops=cpu, dtype="bf16")

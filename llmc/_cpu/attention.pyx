@@ -42,14 +42,14 @@ cdef void _forward_head(float *out, float *lse, const float *qkv, Py_ssize_t T, 
             first = max(q0, k0)
             width = min(<Py_ssize_t> KEYS, T - k0)
             isa.gemm(s, KEYS, q + first * ld, ld, 1, k + k0 * ld, 1, ld, end - first, width, size, False, NULL,
-                             scratch)
+                     scratch)
             for r in range(first, end):
                 keep = isa.kernels.softmax_block(s + (r - first) * KEYS, min(width, r + 1 - k0), width, scale,
                                                  &m[r - q0], &l[r - q0])
                 if k0 > 0:
                     isa.kernels.scale_span(out + r * C, keep, size)
             isa.gemm(out + first * C, C, s, KEYS, 1, v + k0 * ld, ld, 1, end - first, size, width, k0 > 0, NULL,
-                             scratch)
+                     scratch)
         for r in range(q0, end):
             isa.kernels.scale_span(out + r * C, 1.0 / l[r - q0], size)
             lse[r] = <float> (m[r - q0] + log(<double> l[r - q0]))
@@ -81,7 +81,7 @@ cdef void _backward_head(float *dqkv, const float *dout, const float *qkv, const
             add = q0 > k0  # the first block of queries to see these keys sets their gradient
             isa.gemm(s, KEYS, q + first * ld, ld, 1, k + k0 * ld, 1, ld, rows, width, size, False, NULL, scratch)
             isa.gemm(dp, KEYS, dout + first * C, C, 1, v + k0 * ld, 1, ld, rows, width, size, False, NULL,
-                             scratch)
+                     scratch)
             for r in range(first, end):
                 delta = isa.kernels.dot_span(dout + r * C, out + r * C, size)
                 isa.kernels.softmax_backward_block(s + (r - first) * KEYS, dp + (r - first) * KEYS,
@@ -89,7 +89,7 @@ cdef void _backward_head(float *dqkv, const float *dout, const float *qkv, const
             isa.gemm(dv + k0 * ld, ld, s, 1, KEYS, dout + first * C, C, 1, width, size, rows, add, NULL, scratch)
             isa.gemm(dk + k0 * ld, ld, dp, 1, KEYS, q + first * ld, ld, 1, width, size, rows, add, NULL, scratch)
             isa.gemm(dq + first * ld, ld, dp, KEYS, 1, k + k0 * ld, ld, 1, rows, size, width, k0 > 0, NULL,
-                             scratch)
+                     scratch)
 
 
 cdef void _decode_head(float *out, const float *keys, const float *values, const float *qkv, Py_ssize_t T,

@@ -13,7 +13,7 @@ cdef extern from "simd/kernels.h" nogil:
 
     ctypedef struct Kernels:
         const char *name
-        int tile_rows, tile_columns, has_dot
+        int tile_rows, tile_rows_bf16, tile_columns, has_dot
         Py_ssize_t gemm_scratch
 
         Gemm *gemm
@@ -51,5 +51,7 @@ cdef extern from "simd/kernels.h" nogil:
 
 cdef const Kernels *kernels
 cdef Gemm *gemm
+cdef int tile_rows
+cdef bint packs_rows
 cdef int threads
 cdef Py_ssize_t gemm_scratch(str name) except -1

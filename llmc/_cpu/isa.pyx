@@ -14,6 +14,7 @@ cdef extern from "simd/dispatch.h":
         const Kernels *kernels
         int supported
     const IsaEntry *dispatch_table(int *count)
+    int dispatch_claim(const Kernels *kernels)
 
 cdef extern from *:
     """
@@ -46,11 +47,13 @@ DTYPES = ("fp32", "bf16")
 
 kernels = NULL
 gemm = NULL
+tile_rows = 1
+packs_rows = False  # whether gemm packs rows of A too, and does not use them where they lie
 threads = 1
 
 
 def all_isas():
-    """Names of the kernel tables that were built, slowest first."""
+    """Names of the kernel tables that were built; the last that the CPU can run is the default."""
     cdef int count = 0
     cdef const IsaEntry *table = dispatch_table(&count)
     return tuple([table[i].kernels.name.decode() for i in range(count)])
@@ -119,9 +122,14 @@ def resolve_dtype(name=None):
 
 def activate(name, count, dtype):
     """Use the table `name`, one of `isas()`, on `count` threads, with operands of products as `dtype`, from now on."""
-    global kernels, gemm, threads
-    kernels = _find(name)
-    gemm = kernels.gemm_bf16 if dtype == "bf16" else kernels.gemm
+    global kernels, gemm, tile_rows, packs_rows, threads
+    cdef const Kernels *found = _find(name)
+    if not dispatch_claim(found):
+        raise ConfigError("isa", f"the system does not let this process use {name!r}")
+    kernels = found
+    packs_rows = dtype == "bf16"
+    gemm = kernels.gemm_bf16 if packs_rows else kernels.gemm
+    tile_rows = kernels.tile_rows_bf16 if packs_rows else kernels.tile_rows
     threads = count
 
 
@@ -131,8 +139,8 @@ def info():
     return {
         "isa": kernels.name.decode(),
         "isas": isas(),
-        "tile": (kernels.tile_rows, kernels.tile_columns),
-        "dtype": "bf16" if gemm == kernels.gemm_bf16 else "fp32",
+        "tile": (tile_rows, kernels.tile_columns),
+        "dtype": "bf16" if packs_rows else "fp32",
         "bf16_products": bool(kernels.has_dot),
         "threads": threads,
         "waiting": waiting.described() if llmc_openmp() else "one thread has nothing to wait for",

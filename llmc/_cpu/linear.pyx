@@ -37,13 +37,13 @@ cdef void gemm(float *c, Py_ssize_t ldc, const float *a, Py_ssize_t a_rs, Py_ssi
                Py_ssize_t b_rs, Py_ssize_t b_cs, Py_ssize_t M, Py_ssize_t N, Py_ssize_t K, bint add,
                const float *bias) noexcept nogil:
     """C (+)= A B (+ bias); operands as in simd/gemm.h."""
-    cdef Py_ssize_t MR = isa.kernels.tile_rows, NR = isa.kernels.tile_columns
+    cdef Py_ssize_t MR = isa.tile_rows, NR = isa.kernels.tile_columns
     cdef Py_ssize_t p, m, n, cost, best = -1, grid_n = 1, t, tasks = isa.threads
     for p in range(1, tasks + 1):
         if tasks % p == 0:
             m = _share(M, MR, tasks // p)
             n = _share(N, NR, p)
-            cost = m * n + PACK_COST * (n if a_cs == 1 else m + n)
+            cost = m * n + PACK_COST * (n if a_cs == 1 and not isa.packs_rows else m + n)
             if best < 0 or cost < best:
                 best = cost
                 grid_n = p

@@ -1,6 +1,6 @@
 cdef enum:
     QUERIES = 256  # rows and columns of one block of attention scores
-    KEYS = 64
+    KEYS = 128
     SCORES = QUERIES * KEYS
 
 cdef float *thread_scratch(int thread) noexcept nogil

@@ -6,7 +6,7 @@
  * are padded with zeros to whole steps of k.  Rows of A past the last are read from scratch and their sums are dropped.
  *
  * UNTESTED on hardware: nobody has run this on a processor with AMX.  With -DLLMC_AMX_EMULATED the four instructions
- * become the C below, and .ci/amx holds the result against float64. */
+ * become the C below, and tests/test_amx.py holds the result against float64. */
 enum { AMX_ROWS = 16, AMX_DEPTH = 16 };
 
 #ifdef LLMC_AMX_EMULATED
@@ -46,12 +46,12 @@ static void amx_end(void) {}
 #define TILE_ZERO _tile_zero
 /* Tile state belongs to the thread; other libraries may set it between our calls, so each product sets its own. */
 static void amx_begin(void) {
-    struct {
+    /* Constant: a compiler that does not know what the instruction reads has no stores here to drop. */
+    static const struct {
         uint8_t palette, start_row, reserved[14];
         uint16_t bytes[16];
         uint8_t rows[16];
-    } config = {.palette = 1};
-    for (int t = 0; t < 8; t++) config.bytes[t] = 64, config.rows[t] = 16;
+    } config = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
     _tile_loadconfig(&config);
 }
 static void amx_end(void) { _tile_release(); }
@@ -62,6 +62,7 @@ static void tile_amx(int m, int nv, const float *a, ptrdiff_t a_i, const float *
                      ptrdiff_t ldc, ptrdiff_t tail, int add, const float *bias) {
     float sums[NV][AMX_ROWS * VL];
     const ptrdiff_t a_stride = a_i * (ptrdiff_t)sizeof(float), b_stride = NV * VL * (ptrdiff_t)sizeof(float);
+    __asm__ volatile("" ::: "memory"); /* what was packed is in memory: GCC's tile loads do not say that they read it */
     TILE_ZERO(0);
     TILE_ZERO(1);
     TILE_ZERO(2);

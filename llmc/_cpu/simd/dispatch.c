@@ -16,13 +16,15 @@ extern const Kernels kernels_amx;
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
-/* CPUID says whether there are tiles and their bf16 product, XGETBV whether the system saves them, and the kernel wants
- * to be asked before a process uses them. */
+/* CPUID says whether there are tiles and their bf16 product, XGETBV whether the system saves them. */
 static int has_amx(void) {
     unsigned a, b, c, d, low, high;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return 0;
     __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-    if ((low >> 17 & 3) != 3) return 0;
+    return (low >> 17 & 3) == 3;
+}
+/* Linux wants to be asked before a process uses tiles: they make what it saves of a thread ten times as large. */
+static int claim_amx(void) {
     enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
     return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
 }
@@ -49,7 +51,9 @@ static int has_bf16(void) { return 0; }
 
 const IsaEntry *dispatch_table(int *count) {
     static IsaEntry table[8];
-    int n = 0;
+    static int n = 0;
+    *count = n;
+    if (n > 0) return table; /* asking CPUID is slow in a virtual machine */
     table[n++] = (IsaEntry){&kernels_scalar, 1};
     /* __builtin_cpu_supports asks CPUID and, through XGETBV, whether the system saves the registers. */
 #ifdef LLMC_HAVE_AVX2
@@ -60,11 +64,12 @@ const IsaEntry *dispatch_table(int *count) {
     int avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
     table[n++] = (IsaEntry){&kernels_avx512, avx512};
-#ifdef LLMC_HAVE_AVX512BF16
-    table[n++] = (IsaEntry){&kernels_avx512bf16, avx512 && __builtin_cpu_supports("avx512bf16")};
-#endif
+    /* Nobody has run amx yet, so it is not the last, which is the default. */
 #ifdef LLMC_HAVE_AMX
     table[n++] = (IsaEntry){&kernels_amx, avx512 && __builtin_cpu_supports("avx512bf16") && has_amx()};
+#endif
+#ifdef LLMC_HAVE_AVX512BF16
+    table[n++] = (IsaEntry){&kernels_avx512bf16, avx512 && __builtin_cpu_supports("avx512bf16")};
 #endif
 #endif
 #ifdef LLMC_HAVE_NEON
@@ -75,4 +80,12 @@ const IsaEntry *dispatch_table(int *count) {
 #endif
     *count = n;
     return table;
+}
+
+int dispatch_claim(const Kernels *kernels) {
+#ifdef LLMC_HAVE_AMX
+    if (kernels == &kernels_amx) return claim_amx();
+#endif
+    (void)kernels;
+    return 1;
 }

@@ -9,7 +9,10 @@ typedef struct IsaEntry {
     int supported; /* by this CPU and its operating system */
 } IsaEntry;
 
-/* All tables built in, slowest first; *count receives their number. */
+/* All tables built in; *count receives their number.  The last that is supported is the one to use. */
 const IsaEntry *dispatch_table(int *count);
+
+/* Ask the system for what a table needs before it is used; 0 where it refuses. */
+int dispatch_claim(const Kernels *kernels);
 
 #endif

@@ -15,6 +15,7 @@
 const Kernels JOIN(kernels_, ISA_NAME) = {
     .name = TEXT(ISA_NAME),
     .tile_rows = MR,
+    .tile_rows_bf16 = MR_PAIRS,
     .tile_columns = NR,
     .gemm_scratch = GEMM_SCRATCH,
 #ifdef HAVE_DOT

@@ -22,7 +22,7 @@ typedef void Gemm(float *c, ptrdiff_t ldc, const float *a, ptrdiff_t a_rs, ptrdi
 
 typedef struct Kernels {
     const char *name;
-    int tile_rows, tile_columns;
+    int tile_rows, tile_rows_bf16, tile_columns;
     int has_dot;            /* whether gemm_bf16 multiplies pairs; else it rounds, and multiplies in fp32 */
     ptrdiff_t gemm_scratch; /* floats */
 
