@@ -210,9 +210,9 @@ def load(
     A backend is one per process, and so are these settings: the last `load` decides for every model.
 
     `isa` names a kernel table ("scalar", "avx2", "avx512", "avx512bf16", "amx", "neon", "neonbf16"), else LLMC_ISA,
-    else the best this CPU has ("amx" is never chosen unasked: nobody has run it yet); `threads` defaults to OMP_NUM_THREADS, else the physical cores this process may use;
-    `dtype` is the precision of matrix products, "fp32" (the default) or "bf16".  Raises ConfigError for anything
-    unknown or not available here.
+    else the best this CPU has ("amx" is never chosen unasked: nobody has run it yet); `threads` defaults to
+    OMP_NUM_THREADS, else the physical cores this process may use; `dtype` is the precision of matrix products,
+    "fp32" (the default) or "bf16".  Raises ConfigError for anything unknown or not available here.
     """
     if device not in DEVICES:
         raise ConfigError("device", f"{device!r} is not available; choose from {', '.join(DEVICES)}")

@@ -61,8 +61,8 @@ ALWAYS_INLINE void store_upto(float *p, vec a, ptrdiff_t n) {
         v_store_n(p, a, n);
 }
 
-/* e^x within 2 ulp for x in [-87.33, 88.37]: 0 from -87.69 down (so that few denormals are born to slow later products),
- * e^88.37 above, NaN where x is NaN.
+/* e^x within 2 ulp for x in [-87.33, 88.37]: 0 from -87.69 down (so that few denormals are born to slow later
+ * products), e^88.37 above, NaN where x is NaN.
  *
  * x = n ln2 + r with |r| <= ln2/2; ln2 is split in two so that r is exact to float precision; e^r is
  * 1 + r (1 + r q(r)), q interpolating (e^r - 1 - r) / r^2 at Chebyshev nodes, which leaves 1 ulp. */
