@@ -20,6 +20,7 @@ from llmc.torch_reference import Result, overfit, perturb
 pytestmark = pytest.mark.heavy
 
 B, T, STEPS, LR = 4, 64, 10, 1e-4
+SEED = 1337  # of the weights
 ISAS = ("avx2", "avx512", "neon")  # scalar takes minutes a step, and passes all of this at a smaller size
 
 
@@ -39,20 +40,24 @@ def tokens() -> tuple[Array, Array]:
 
 
 def fill(model: gpt2.GPT2, weights: str) -> None:
-    model.initialise(seed=1337)
+    model.initialise(seed=SEED)
     if weights == "perturbed":
-        perturb(model.params, seed=1337)
+        perturb(model.params, seed=SEED)
 
 
 @pytest.fixture(scope="module", params=["raw", "perturbed"])
-def judge(request: pytest.FixtureRequest, tokens: tuple[Array, Array]) -> tuple[str, Result]:
+def judge(request: pytest.FixtureRequest, tokens: tuple[Array, Array]) -> tuple[str, Result, float]:
+    """The weights' name, PyTorch's float64 results, and how far its float32 losses are from them, relatively."""
     pytest.importorskip("torch")
     from llmc import ops
 
     model = gpt2.GPT2(gpt2.preset("gpt2"), ops.load("cpu"))
     fill(model, request.param)
-    result = overfit(model.params, model.config, *tokens, steps=STEPS, lr=LR, weight_decay=0.1, dtype="float64")
-    return request.param, result
+    right, single = (
+        overfit(model.params, model.config, *tokens, steps=STEPS, lr=LR, weight_decay=0.1, dtype=dtype)
+        for dtype in ("float64", "float32")
+    )
+    return request.param, right, float(np.abs(np.array(single.losses) / right.losses - 1).max())
 
 
 def errors(model: gpt2.GPT2, right: Result) -> dict[str, float]:
@@ -66,13 +71,19 @@ def errors(model: gpt2.GPT2, right: Result) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_against_pytorch(cpu: ModuleType, judge: tuple[str, Result], tokens: tuple[Array, Array], isa: str) -> None:
+def test_against_pytorch(
+    cpu: ModuleType, judge: tuple[str, Result, float], tokens: tuple[Array, Array], isa: str
+) -> None:
     """Logits within 5e-6 of the largest, each gradient within 5e-6 of its norm, ten AdamW losses within 2e-6
-    (raw) or 5e-5 (perturbed); PyTorch's own float32 was measured at 2e-6, 6e-7 and 1e-7 to 8e-6."""
+    (raw) or 5e-5 (perturbed); PyTorch's own float32 was measured at 2e-6, 6e-7 and 1e-7 to 8e-6.
+
+    AdamW's first updates take little but signs from the gradient, so on some weights losses part ways at an element
+    near zero, whoever computes them: where PyTorch's float32 is off by more than half the limit, twice that is the
+    limit."""
     if isa not in cpu.isas():
         pytest.skip(f"this CPU cannot run {isa}")
     cpu.configure(isa, None)
-    weights, right = judge
+    weights, right, single = judge
     x, y = tokens
     model = gpt2.GPT2(gpt2.preset("gpt2"), cpu)
     fill(model, weights)
@@ -88,21 +99,24 @@ def test_against_pytorch(cpu: ModuleType, judge: tuple[str, Result], tokens: tup
         model.backward(x)
     loss = float(np.abs(np.array(losses) / right.losses - 1).max())
     worst = max(gradients, key=lambda name: gradients[name])
-    print(f"{weights} {isa}: logits {logits:.2e}, gradient {gradients[worst]:.2e} ({worst}), losses {loss:.2e}")
+    print(
+        f"{weights} {isa}: logits {logits:.2e}, gradient {gradients[worst]:.2e} ({worst}), losses {loss:.2e}; "
+        f"losses of PyTorch's float32 {single:.2e}"
+    )
     assert logits < 5e-6
     assert gradients[worst] < 5e-6, gradients
-    assert loss < {"raw": 2e-6, "perturbed": 5e-5}[weights]
+    assert loss < max({"raw": 2e-6, "perturbed": 5e-5}[weights], 2 * single)
 
 
 @pytest.mark.parametrize("isa", ["avx2", "avx512bf16", "neonbf16"])
 def test_gradients_in_bf16(
-    cpu: ModuleType, judge: tuple[str, Result], tokens: tuple[Array, Array], isa: str
+    cpu: ModuleType, judge: tuple[str, Result, float], tokens: tuple[Array, Array], isa: str
 ) -> None:
     """Each within 2e-2 of its norm, where products of bf16 are emulated and where the CPU has them."""
     if isa not in cpu.isas():
         pytest.skip(f"this CPU cannot run {isa}")
     cpu.configure(isa, None, "bf16")
-    weights, right = judge
+    weights, right, _ = judge
     model = gpt2.GPT2(gpt2.preset("gpt2"), cpu)
     fill(model, weights)
     model.forward(*tokens)
