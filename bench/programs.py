@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from typing import TYPE_CHECKING, Any, Protocol
@@ -183,6 +184,7 @@ PROGRAMS: dict[str, type[Program]] = {"llmc": Llmc, "torch": PyTorch, "peaks": P
 
 
 def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     settings: Settings = json.loads(sys.argv[1])
     # What a library prints goes to standard error: standard output is for answers.
     channel = os.fdopen(os.dup(1), "w")

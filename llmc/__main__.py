@@ -243,8 +243,10 @@ def _add_bench_options(sub: argparse.ArgumentParser, kind: str, warmup: int, rep
     what = "an op on an instruction set" if kind == "kernels" else "a configuration"
     first = "calls before each turn" if kind == "kernels" else "steps before those that count"
     sub.add_argument("--init", "-e", default="d12", metavar="MODEL", help="the preset that gives the shapes (d12)")
-    sub.add_argument("--batch-size", "-B", type=numbers, default=(4,), metavar="N,N", help="sequences (4)")
-    sub.add_argument("--sequence-length", "-T", type=numbers, default=(64,), metavar="N,N", help="tokens each (64)")
+    sub.add_argument("--batch-size", "-B", "-b", type=numbers, default=(4,), metavar="N,N", help="sequences (4)")
+    sub.add_argument(
+        "--sequence-length", "-T", "-t", type=numbers, default=(64,), metavar="N,N", help="tokens each (64)"
+    )
     sub.add_argument("--dtype", type=names, default=("fp32",), metavar="A,B", help="fp32, bf16 (fp32)")
     sub.add_argument(
         "--isas", type=names, default=(), metavar="A,B",
@@ -451,7 +453,7 @@ def _bench(args: argparse.Namespace) -> int:
         repeats=args.repeats, seconds=args.seconds,
     )  # fmt: skip
     if args.plot:
-        results.require_matplotlib()  # before, and not after minutes of measuring
+        results.check_plot(args.plot)
     facts = machine.facts(ops.load("cpu", threads=settings.threads).info())
 
     def progress(text: str) -> None:

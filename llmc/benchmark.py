@@ -8,6 +8,7 @@ peak is the median of the turns' ratios.
 from __future__ import annotations
 
 import itertools
+import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -327,8 +328,9 @@ def _take_turns(case: Case, isas: Sequence[str], settings: Settings, memory: Arr
         ratios = [case.cost.amount / s / peak for s, peak in zip(took[isa], peaks[isa], strict=True)]
         rows.append(
             KernelRow(
-                case.op, case.shape, case.dtype, isa, case.cost.unit, ms, case.cost.amount / ms.median / 1e6,
-                statistics.median(peaks[isa]) / 1e9, statistics.median(ratios), len(took[isa]),
+                case.op, case.shape, case.dtype if case.cost.products else "fp32", isa, case.cost.unit, ms,
+                case.cost.amount / ms.median / 1e6, statistics.median(peaks[isa]) / 1e9, statistics.median(ratios),
+                len(took[isa]),
             )
         )  # fmt: skip
     return rows
@@ -405,7 +407,8 @@ class Program:
 
 
 def _train(pipe: Connection, configuration: Configuration) -> None:
-    """A process: a step for each number received, None to end."""
+    """A process: a step for each number received, None to end.  Ctrl-C is the parent's to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         program = Program(configuration)
         backend: Any = program.model.ops
@@ -481,11 +484,16 @@ class _Process:
 def training(settings: Settings, progress: Progress = _silent) -> list[TrainingRow]:
     """A training step of every configuration.  Those of one batch size and length take turns, step by step, and
     are in memory together."""
+    from llmc.training import TrainConfig, require_memory  # not for who only wants a Program
+
     with _checked(settings):
         pass
     rows: list[TrainingRow] = []
     for B in settings.batch_sizes:
         for T in settings.sequence_lengths:
+            require_memory(
+                TrainConfig(init=settings.init, batch_size=B, sequence_length=T, val_every=0, sample_every=0)
+            )  # fmt: skip
             processes: list[_Process] = []
             try:
                 for dtype in settings.dtypes:

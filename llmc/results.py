@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from llmc.benchmark import KernelRow, TrainingRow
@@ -120,6 +121,19 @@ def require_matplotlib() -> Any:
     except ImportError as error:
         raise MissingDependencyError("a plot needs matplotlib: pip install matplotlib") from error
     return matplotlib
+
+
+def check_plot(path: str | os.PathLike[str]) -> None:
+    """Before minutes of measuring: ConfigError where `plot` could not write there, or would write a PNG under another
+    name."""
+    place = Path(path)
+    if place.suffix.lower() != ".png":
+        raise ConfigError("plot", f"{os.fspath(path)}: the picture is a PNG; give a name in .png")
+    if place.is_dir():
+        raise ConfigError("plot", f"{os.fspath(path)} is a folder")
+    if not place.parent.is_dir():
+        raise ConfigError("plot", f"{os.fspath(path)} cannot be written: there is no folder {place.parent}")
+    require_matplotlib()
 
 
 def plot(rows: Rows, facts: Facts, path: str | os.PathLike[str]) -> None:

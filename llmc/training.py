@@ -310,7 +310,8 @@ def _require_dtype(config: TrainConfig, model: GPT2) -> None:
     """The precision is the process's: a caller who loads another model between two events may have changed it."""
     found = model.ops.info()["dtype"]
     if found != config.dtype:
-        raise ConfigError("dtype", f"{config.dtype!r} was asked for, but the backend was last loaded with {found!r}")
+        detail = f"{config.dtype!r} was asked for, but this process computes in {found!r}"
+        raise ConfigError("dtype", f"{detail}: llmc.load(..., dtype={config.dtype!r}) would load a model for it")
 
 
 def _validate(config: TrainConfig, model: GPT2, held_out: Shards | Stories, step: int) -> Validation:

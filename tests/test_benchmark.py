@@ -232,9 +232,17 @@ def assert_png(path: Path) -> None:
 def test_a_picture_that_cannot_be_written(
     cpu: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("matplotlib")
-    status, out, err = run(f"bench kernels {QUICK} --only zero --plot {tmp_path}/no/k.png", capsys)
-    assert status == 1 and "zero" in out and err.startswith("llmc: error: plot: ")
+    """Told before anything is measured."""
+    for name, why in (("no/k.png", "there is no folder"), ("k.pdf", "a name in .png"), ("d.png", "is a folder")):
+        (tmp_path / "d.png").mkdir(exist_ok=True)
+        status, out, err = run(f"bench kernels {QUICK} --only zero --plot {tmp_path}/{name}", capsys)
+        assert status == 1 and not out and err.startswith("llmc: error: plot: ") and why in err
+    assert [path.name for path in tmp_path.iterdir()] == ["d.png"]
+
+
+def test_training_of_what_does_not_fit(cpu: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = run("bench training --init d12 -b 40960 -t 1024", capsys)
+    assert status == 1 and "would fit with" in err
 
 
 def test_without_matplotlib(cpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
