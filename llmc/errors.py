@@ -39,3 +39,11 @@ class DownloadError(LlmcError, OSError):
 
 class MissingDependencyError(LlmcError, ImportError):
     """An optional package is needed; the message says which, and how to install it."""
+
+
+class DeviceError(LlmcError, RuntimeError):
+    """A GPU, or what is needed to use it, is missing, does not suffice, or has failed."""
+
+
+class DeviceMemoryError(DeviceError, MemoryError):
+    """A GPU has less memory than was asked for."""

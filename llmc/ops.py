@@ -1,12 +1,16 @@
 """The contract between the models and the hardware.
 
-A backend (`llmc._cpu`, later `llmc._cuda`) is a module with the functions of `Ops`; `load(device)` gives
-it, importing it on first use.  Models call nothing else, and know nothing of devices.
+A backend (`llmc._cpu`, `llmc._cuda`) is a module with the functions of `Ops`; `load(device)` gives it, importing it on
+first use.  Models call nothing else, and know nothing of devices.
 
 Conventions, said once:
 
 * Letters: B sequences, T tokens each, C channels, H heads, V vocabulary entries, Vp >= V rows in a padded
-  table, L layers.  Activations are float32 `(B, T, C)`; matrices are `(out, in)`; token ids are int32.
+  table, L layers.  Activations are `(B, T, C)`; matrices are `(out, in)`; token ids are int32.
+* Arrays are NumPy's on the CPU.  A GPU's are its own, and share with NumPy's what models need: `shape`, `dtype`, `size`,
+  `nbytes`, `x[i]` and slices, `reshape`, `view`, `x[...] = values` to write and `np.asarray(x)` to read.
+* Activations, weights and their gradients are of one type, `info()["storage"]`: float32, or bfloat16 on a GPU with
+  dtype "bf16".  Statistics (mean, rstd, lse, losses) and AdamW's moments are float32, scalars on the device float64.
 * Arguments come in the order outputs, inputs, saved statistics, parameters, scalars.  `d<x>` is the
   gradient of the loss with respect to `x`.
 * Every array is writable and C-contiguous.  Sizes come from the arrays.  A size may be 0.
@@ -15,59 +19,101 @@ Conventions, said once:
 * An output may share memory with an input only where the docstring says so.
 * Shapes, dtypes and token ranges are checked before any work; a violation raises `ValueError` naming the
   argument (`TypeError` for something that is no array), and nothing has been written by then.
-* Only `empty` and `reserve` allocate.  Whatever scratch an op needs lies in one workspace per backend,
-  sized by `reserve` before the first call; a workspace that is too small raises `RuntimeError`.
+* Ops may return before their work is done; they take effect in the order of the calls.  Reading an array waits.
+* Only `empty`, `reserve`, and `record` with its first replays allocate.  Whatever scratch an op needs lies in one
+  workspace per backend, sized by `reserve` before the first call; one that is too small raises `RuntimeError`.
 * The workspace is shared: a backend is called from one thread at a time (it uses as many as it is told to).
-* A backend that is loaded with dtype "bf16" rounds both operands of every matrix product (linear layers, attention,
-  head) to bf16, to nearest, ties to even (denormal numbers may count as zero), and sums in fp32; products of a row or
-  a few, as in decoding, may leave them as they are.  Everything else, and all that lies in memory, stays fp32: the
-  parameters are their own masters.
+* With dtype "bf16" both operands of every matrix product (linear layers, attention, head) are bf16, and sums fp32.  On
+  a CPU they are rounded to nearest, ties to even, as they are read (denormal numbers may count as zero; products of a
+  row or a few, as in decoding, may leave them as they are), and all that lies in memory stays float32: the parameters
+  are their own masters.  A GPU stores bfloat16, each result rounded to nearest once, and computes in fp32.
+* With dtype "tf32", on a GPU, operands of matrix products may be rounded to tf32 (10 bits of fraction) as they are
+  read.
 * Results do not depend on the number of threads: every output has one owner, and long sums are taken over
   chunks of fixed size that are combined in order.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
+
+import numpy as np
 
 from llmc.arena import Array
 from llmc.errors import ConfigError
 
-DEVICES = ("cpu",)
-DTYPES = ("fp32", "bf16")  # of the operands of matrix products; the first is the default
+DEVICES = ("cpu", "cuda")
+DTYPES = ("fp32", "tf32", "bf16")  # of the operands of matrix products; the first is the default
 
 
 class Ops(Protocol):
     """What every backend provides."""
 
     def info(self) -> dict[str, Any]:
-        """What is in use, for people and reports: at least `dtype`, and on a CPU `isa` and `threads`."""
+        """What is in use, for people and reports: at least `device`, `dtype`, `storage`, and `ahead`, the number of
+        steps that may be under way while the results of an earlier one are looked at; on a CPU also `isa` and
+        `threads`."""
 
     # ---- memory ------------------------------------------------------------------------------------
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
-        """A new zero-filled array, in huge pages where the system gives them."""
+        """A new zero-filled array, in huge pages where the system gives them.
+
+        MemoryError, or on a GPU DeviceMemoryError, says what was asked for and what is free.
+        """
 
     def zero(self, x: Array) -> None:
-        """x = 0, for a float32 array of any shape."""
+        """x = 0, for an array of any shape of float32 or the storage type."""
 
-    def reserve(self, channels: int, vocab_size: int, parameters: int) -> None:
+    def copy(self, out: Array, x: Array) -> None:
+        """out = x, rounded to nearest where out's type is the narrower; float32 or the storage type, any shape."""
+
+    def reserve(self, channels: int, vocab_size: int, parameters: int, tokens: int, heads: int) -> None:
         """Make the workspace large enough for a model.
 
-        `channels` is the widest normalised row (C), `vocab_size` V, `parameters` the number of elements
-        `global_norm` will be given.  Calling it again enlarges the workspace, never shrinks it.
+        `channels` is the widest normalised row (C), `vocab_size` the head's Vp, `parameters` the number of elements
+        `global_norm` will be given, `tokens` the most tokens (B T) of a call, `heads` H.  Calling it again enlarges
+        the workspace, never shrinks it.
         """
 
-    def workspace_nbytes(self, channels: int, vocab_size: int, parameters: int) -> dict[str, int]:
+    def workspace_nbytes(
+        self, channels: int, vocab_size: int, parameters: int, tokens: int, heads: int
+    ) -> dict[str, int]:
         """Bytes of the workspace that `reserve` would make with the same arguments, by part; allocates nothing.
 
-        "shared" is one buffer for all threads, "threads" what they have of their own, all together.
+        "shared" is one buffer for all threads, "threads" what they have of their own, all together (on a GPU: what
+        libraries are given).
         """
+
+    def memory(self) -> tuple[int, int] | None:
+        """Bytes of the device's own memory that are free, and all it has; None where it is the machine's."""
+
+    # ---- in which order, and when ------------------------------------------------------------------
+
+    def record(self, function: Callable[[], None]) -> Callable[[], None]:
+        """A callable that does what `function()` does: a sequence of ops, always on the same arrays with the same
+        arguments.
+
+        A GPU may record the ops' launches in one of the first calls, and replay them ever after without running
+        `function`.  A recording holds on to its arrays; it is dropped with the callable.
+        """
+
+    def fetch(self, x: Array) -> Callable[[], np.ndarray[Any, Any]]:
+        """The values that x has after the ops called so far: a callable that waits for them and gives a NumPy array,
+        which is valid until x is written to or 16 more arrays have been fetched.  Storage types come as float32."""
+
+    def stamp(self) -> Any:
+        """A mark in the sequence of ops, for `elapsed`."""
+
+    def elapsed(self, begin: Any, end: Any) -> float:
+        """Seconds that the device took from one `stamp` to another; waits for the later one."""
 
     # ---- random numbers ----------------------------------------------------------------------------
 
     def normal(self, out: Array, seed: int, stream: int, std: float) -> None:
-        """out = std * N(0, 1), for a float32 array of any shape, seen as one vector; `seed` and `stream` in [0, 2^64).
+        """out = std * N(0, 1), for an array of any shape of float32 or the storage type, seen as one vector; `seed` and
+        `stream` in [0, 2^64).
 
         Element i depends on (seed, stream, i) alone.  The integers are the same on every device.  With
         i = 64 g + 16 j + l (j < 4, l < 16), the four words w of Philox4x32-10 (Salmon et al. 2011) for the key
@@ -112,6 +158,15 @@ class Ops(Protocol):
     ) -> None:
         """Gradients of `layernorm_forward`.  dx ADDS: it is the residual stream's gradient."""
 
+    def residual_layernorm_forward(
+        self, total: Array, out: Array, mean: Array, rstd: Array, x: Array, branch: Array, w: Array, b: Array,
+        eps: float,
+    ) -> None:
+        """total = x + branch, then `layernorm_forward` of total as it is stored.  total may be x or branch.
+
+        Its gradient is `layernorm_backward` with dx = the gradient of total, which is that of x and of branch.
+        """
+
     # ---- linear ------------------------------------------------------------------------------------
 
     def linear_forward(self, out: Array, x: Array, w: Array, b: Array | None) -> None:
@@ -128,11 +183,15 @@ class Ops(Protocol):
     def linear_gelu_forward(self, out: Array, pre: Array, x: Array, w: Array, b: Array | None) -> None:
         """pre = x @ w.T + b;  out = gelu(pre).  Shapes as in `linear_forward`; both results are kept."""
 
-    def linear_gelu_backward(
-        self, dx: Array, dw: Array, db: Array | None, dpre: Array, dout: Array, pre: Array, x: Array, w: Array,
-        accumulate: bool,
+    def gelu_linear_backward(
+        self, dpre: Array, dw: Array, db: Array | None, dout: Array, pre: Array, x: Array, w: Array, accumulate: bool
     ) -> None:
-        """dpre = dout * gelu'(pre), then `linear_backward` from dpre.  dpre may be dout; dx may be x."""
+        """`linear_backward` of a layer whose input was x = gelu(pre), and on through GELU:
+        dpre = (dout @ w) * gelu'(pre).
+
+        dpre, pre, x (B,T,K); dw (N,K); db (N,) or None; dout (B,T,N).  dw and db are finished before dpre is begun, so
+        dpre may be x.
+        """
 
     # ---- activation, residual ----------------------------------------------------------------------
 
@@ -176,47 +235,81 @@ class Ops(Protocol):
         """losses[b,t] = -log softmax(x[b,t] @ w[:V].T)[targets[b,t]], and with dx and dw also the gradients of
         scale * sum(losses).
 
-        Tokens are taken in chunks, so logits never exist for the whole batch and the head's GEMM is
-        computed once.  losses (B,T); x, dx (B,T,C); w, dw (Vp,C); targets (B,T) in [0, V).  dx may be x;
-        rows of dw from V on are zeroed unless `accumulate`.  dx and dw are both arrays or both None.
+        Tokens are taken in chunks, so logits never exist for the whole batch and the head's GEMM is computed once.
+        losses (B,T); x, dx (B,T,C); w, dw (Vp,C); targets (B,T) in [0, V).  Rows of w from V on take no part, but must
+        be finite: a GPU multiplies them by 0.  dx may be x; rows of dw from V on are zeroed unless `accumulate`.  dx
+        and dw are both arrays or both None.
         """
 
     def head_logits(self, logits: Array, x: Array, w: Array, V: int) -> None:
         """logits = x @ w[:V].T.  logits (B,T,V); x (B,T,C); w (Vp,C)."""
 
+    def sum_losses(self, total: Array, losses: Array, scale: float, accumulate: bool) -> None:
+        """total (+)= scale * sum of losses, in double.  total float64 (1,); losses (B,T)."""
+
     # ---- optimizer ---------------------------------------------------------------------------------
 
-    def global_norm(self, x: Array) -> float:
-        """Euclidean norm of a float32 array of any shape, summed in double; inf or nan where x has one."""
+    def global_norm(self, norm: Array, x: Array) -> None:
+        """norm = the Euclidean norm of an array of any shape (float32 or the storage type), summed in double; inf or
+        nan where x has one.  norm float64 (1,)."""
+
+    def clip_scale(self, scale: Array, norm: Array, loss: Array, limit: float) -> None:
+        """What gradients are multiplied by: limit / norm where 0 < limit < norm, else 1; nan where norm or loss is not
+        finite.  All three float64 (1,)."""
 
     def adamw_step(
-        self, w: Array, m: Array, v: Array, dw: Array, lr: float, beta1: float, beta2: float, eps: float,
-        weight_decay: float, step: int, scale: float,
+        self, w: Array, m: Array, v: Array, dw: Array, copy: Array | None, hyper: Array, scale: Array,
+        spans: Sequence[tuple[int, int, float]], beta1: float, beta2: float, eps: float, seed: int,
     ) -> None:
         """One AdamW update in place (Loshchilov & Hutter 2019), with g = scale * dw:
 
         m = beta1 m + (1-beta1) g;  v = beta2 v + (1-beta2) g^2;
-        w -= lr * (m / (1-beta1^step) / (sqrt(v / (1-beta2^step)) + eps) + weight_decay w).
+        w -= lr * (m / (1-beta1^t) / (sqrt(v / (1-beta2^t)) + eps) + weight_decay w).
 
-        `step` counts from 1.  All arrays have one shape.
+        hyper float64 (2,) holds lr and t, which counts from 1; scale float64 (1,).  Where scale is not finite nothing
+        is changed.  `spans` are (start, stop, weight_decay), in order and disjoint; other elements stay as they are.
+        All arrays are vectors of one length.  m and v are float32; dw is of the storage type; w is float32, or of the
+        storage type where there are no masters; `copy`, None where w is itself what the layers read, gets w rounded to
+        nearest in the storage type.
+
+        A w of bfloat16 is rounded stochastically: up with a probability of its distance from the lower neighbour.  The
+        16 random bits that are added below its last place are, for element i = 8 g + 2 j + h (j < 4, h < 2), half h (0:
+        the lower) of word j of Philox4x32-10 for the key (seed mod 2^32, seed div 2^32) and the counter
+        (g mod 2^32, g div 2^32, t, 1).
         """
 
 
 def load(
-    device: str = "cpu", *, isa: str | None = None, threads: int | None = None, dtype: str | None = None
+    device: str = "cpu", *, isa: str | None = None, threads: int | None = None, dtype: str | None = None,
+    gemm: str | None = None, attention: str | None = None,
 ) -> Ops:
     """The backend for `device`, set up.
 
     A backend is one per process, and so are these settings: the last `load` decides for every model.
 
-    `isa` names a kernel table ("scalar", "avx2", "avx512", "avx512bf16", "amx", "neon", "neonbf16"), else LLMC_ISA,
-    else the best this CPU has ("amx" is never chosen unasked: nobody has run it yet); `threads` defaults to
-    OMP_NUM_THREADS, else the physical cores this process may use; `dtype` is the precision of matrix products,
-    "fp32" (the default) or "bf16".  Raises ConfigError for anything unknown or not available here.
+    `device` is "cpu", "cuda" or, of several GPUs, "cuda:1".  `dtype` is the precision of matrix products, "fp32" (the
+    default), "bf16" or, on a GPU, "tf32".  For the CPU: `isa` names a kernel table ("scalar", "avx2", "avx512",
+    "avx512bf16", "amx", "neon", "neonbf16"), else LLMC_ISA, else the best this CPU has ("amx" is never chosen unasked:
+    nobody has run it yet); `threads` defaults to OMP_NUM_THREADS, else the physical cores this process may use.  For a
+    GPU: `gemm` says who multiplies matrices, "cublaslt" (the default) or "own"; `attention` is "own" or "cudnn"
+    (the default where it is installed).  Raises ConfigError for anything unknown or not available here, DeviceError
+    where there is no GPU to be had.
     """
-    if device not in DEVICES:
-        raise ConfigError("device", f"{device!r} is not available; choose from {', '.join(DEVICES)}")
-    from llmc import _cpu
+    name, _, index = device.partition(":")
+    if name not in DEVICES or (index and (name == "cpu" or not index.isdecimal())):
+        raise ConfigError("device", f"{device!r} is not available; choose from {', '.join(DEVICES)}, cuda:1 ...")
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError("dtype", f"{dtype!r} is unknown; choose from {', '.join(DTYPES)}")
+    other = {"gemm": gemm, "attention": attention} if name == "cpu" else {"isa": isa, "threads": threads}
+    for field, value in other.items():
+        if value is not None:
+            raise ConfigError(field, f"{value!r} means nothing on the device {device!r}")
+    if name == "cpu":
+        from llmc import _cpu
 
-    _cpu.configure(isa=isa, threads=threads, dtype=dtype)
-    return cast(Ops, _cpu)
+        _cpu.configure(isa=isa, threads=threads, dtype=dtype)
+        return cast(Ops, _cpu)
+    from llmc import _cuda
+
+    _cuda.configure(index=int(index or 0), dtype=dtype, gemm=gemm, attention=attention)
+    return cast(Ops, _cuda)

@@ -13,7 +13,8 @@ output is written, so the contract's aliasing rules hold without further thought
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ def put(out: Array, value: Array, accumulate: bool) -> None:
 
 
 def info() -> dict[str, Any]:
-    return {"dtype": "fp32", "isa": "numpy", "threads": 1}  # dtype: nothing is rounded to bf16
+    return {"device": "numpy", "dtype": "fp32", "storage": "float32", "ahead": 0, "isa": "numpy", "threads": 1}
 
 
 def empty(shape: tuple[int, ...], dtype: str) -> Array:
@@ -49,12 +50,39 @@ def zero(x: Array) -> None:
     x[...] = 0
 
 
-def reserve(channels: int, vocab_size: int, parameters: int) -> None:
+def copy(out: Array, x: Array) -> None:
+    out[...] = x
+
+
+def reserve(channels: int, vocab_size: int, parameters: int, tokens: int, heads: int) -> None:
     pass
 
 
-def workspace_nbytes(channels: int, vocab_size: int, parameters: int) -> dict[str, int]:
+def workspace_nbytes(channels: int, vocab_size: int, parameters: int, tokens: int, heads: int) -> dict[str, int]:
     return {"shared": 0, "threads": 0}
+
+
+def memory() -> None:
+    return None
+
+
+# ---- in which order, and when ----------------------------------------------------------------------
+
+
+def record(function: Callable[[], None]) -> Callable[[], None]:
+    return function
+
+
+def fetch(x: Array) -> Callable[[], Array]:
+    return lambda: x
+
+
+def stamp() -> float:
+    return time.perf_counter()
+
+
+def elapsed(begin: float, end: float) -> float:
+    return end - begin
 
 
 # ---- random numbers --------------------------------------------------------------------------------
@@ -148,6 +176,13 @@ def layernorm_backward(
     put(dx, gradient, True)
 
 
+def residual_layernorm_forward(
+    total: Array, out: Array, mean: Array, rstd: Array, x: Array, branch: Array, w: Array, b: Array, eps: float
+) -> None:
+    total[...] = f64(x) + f64(branch)
+    layernorm_forward(out, mean, rstd, total, w, b, eps)
+
+
 # ---- linear ----------------------------------------------------------------------------------------
 
 
@@ -180,14 +215,12 @@ def linear_gelu_forward(out: Array, pre: Array, x: Array, w: Array, b: Array | N
     gelu_forward(out, exact)
 
 
-def linear_gelu_backward(
-    dx: Array, dw: Array, db: Array | None, dpre: Array, dout: Array, pre: Array, x: Array, w: Array,
-    accumulate: bool,
+def gelu_linear_backward(
+    dpre: Array, dw: Array, db: Array | None, dout: Array, pre: Array, x: Array, w: Array, accumulate: bool
 ) -> None:
-    exact = np.empty(dpre.shape)
-    gelu_backward(exact, dout, pre)
-    linear_backward(dx, dw, db, exact, x, w, accumulate)
-    dpre[...] = exact
+    dx = np.empty(dpre.shape)
+    linear_backward(dx, dw, db, dout, x, w, accumulate)
+    gelu_backward(dpre, dx, pre)
 
 
 # ---- activation, residual --------------------------------------------------------------------------
@@ -298,22 +331,40 @@ def head_logits(logits: Array, x: Array, w: Array, V: int) -> None:
     logits[...] = (_rows(x) @ f64(w[:V]).T).reshape(logits.shape)
 
 
+def sum_losses(total: Array, losses: Array, scale: float, accumulate: bool) -> None:
+    put(total, np.array([scale * f64(losses).sum()]), accumulate)
+
+
 # ---- optimizer -------------------------------------------------------------------------------------
 
 
-def global_norm(x: Array) -> float:
-    return math.sqrt(float(np.sum(f64(x) ** 2)))
+def global_norm(norm: Array, x: Array) -> None:
+    norm[0] = math.sqrt(float(np.sum(f64(x) ** 2)))
+
+
+def clip_scale(scale: Array, norm: Array, loss: Array, limit: float) -> None:
+    if not np.isfinite(norm[0] + loss[0]):
+        scale[0] = np.nan
+    else:
+        scale[0] = limit / norm[0] if 0 < limit < norm[0] else 1.0
 
 
 def adamw_step(
-    w: Array, m: Array, v: Array, dw: Array, lr: float, beta1: float, beta2: float, eps: float,
-    weight_decay: float, step: int, scale: float,
+    w: Array, m: Array, v: Array, dw: Array, copy: Array | None, hyper: Array, scale: Array,
+    spans: Sequence[tuple[int, int, float]], beta1: float, beta2: float, eps: float, seed: int,
 ) -> None:
-    g = scale * f64(dw)
-    m_new = beta1 * f64(m) + (1.0 - beta1) * g
-    v_new = beta2 * f64(v) + (1.0 - beta2) * g**2
-    m_hat = m_new / (1.0 - beta1**step)
-    v_hat = v_new / (1.0 - beta2**step)
-    w[...] = f64(w) - lr * (m_hat / (np.sqrt(v_hat) + eps) + weight_decay * f64(w))
-    m[...] = m_new
-    v[...] = v_new
+    """Without stochastic rounding: w is written as its type rounds, to nearest."""
+    if not np.isfinite(scale[0]):
+        return
+    lr, t = hyper
+    for start, stop, weight_decay in spans:
+        part = slice(start, stop)
+        g = scale[0] * f64(dw[part])
+        m_new = beta1 * f64(m[part]) + (1.0 - beta1) * g
+        v_new = beta2 * f64(v[part]) + (1.0 - beta2) * g**2
+        m_hat = m_new / (1.0 - beta1**t)
+        v_hat = v_new / (1.0 - beta2**t)
+        w[part] = f64(w[part]) - lr * (m_hat / (np.sqrt(v_hat) + eps) + weight_decay * f64(w[part]))
+        m[part], v[part] = m_new, v_new
+        if copy is not None:
+            copy[part] = w[part]
