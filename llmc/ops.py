@@ -7,8 +7,8 @@ Conventions, said once:
 
 * Letters: B sequences, T tokens each, C channels, H heads, V vocabulary entries, Vp >= V rows in a padded
   table, L layers.  Activations are `(B, T, C)`; matrices are `(out, in)`; token ids are int32.
-* Arrays are NumPy's on the CPU.  A GPU's are its own, and share with NumPy's what models need: `shape`, `dtype`, `size`,
-  `nbytes`, `x[i]` and slices, `reshape`, `view`, `x[...] = values` to write and `np.asarray(x)` to read.
+* Arrays are NumPy's on the CPU.  A GPU's are its own, and share with NumPy's what models need: `shape`, `dtype`,
+  `size`, `nbytes`, `x[i]` and slices, `reshape`, `view`, `x[...] = values` to write and `np.asarray(x)` to read.
 * Activations, weights and their gradients are of one type, `info()["storage"]`: float32, or bfloat16 on a GPU with
   dtype "bf16".  Statistics (mean, rstd, lse, losses) and AdamW's moments are float32, scalars on the device float64.
 * Arguments come in the order outputs, inputs, saved statistics, parameters, scalars.  `d<x>` is the
