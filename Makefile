@@ -7,7 +7,8 @@ ARGS ?=
 # What the extensions are built from.  Python files need no new build: the install is an editable one.
 SOURCES := pyproject.toml CMakeLists.txt llmc/__init__.py \
            $(shell find llmc/_cpu -name '*.pyx' -o -name '*.pxd' -o -name '*.[ch]')
-C_FILES := $(wildcard llmc/_cpu/simd/*.[ch])
+C_FILES := $(wildcard llmc/_cpu/simd/*.[ch] llmc/_cuda/*.cu llmc/_cuda/*.cuh \
+             tests/simulation/*.[ch] tests/simulation/*.cpp tests/simulation/*.cuh)
 
 .PHONY: help train test lint format neon wheel clean
 .DELETE_ON_ERROR:

@@ -73,18 +73,23 @@ WATCHING = (
     Option("sample_length", "g", int, "N", "tokens per sample (64)"),
 )
 MACHINE = (
-    Option("dtype", "", str, "NAME", "of matrix products: fp32 or bf16, summed in fp32 (fp32)"),
-    Option("device", "", str, "NAME", "cpu, the only one in this version (cpu)"),
-    Option("threads", "", int, "N", "0: OMP_NUM_THREADS, else the physical cores (0)"),
-    Option("isa", "", str, "NAME", "scalar, avx2, avx512, avx512bf16, amx, neon, neonbf16 (the best here)"),
+    Option("device", "", str, "NAME", "cpu, cuda (an NVIDIA GPU), cuda:1 the second of several (cpu)"),
+    Option("dtype", "", str, "NAME", "of matrix products: fp32, bf16, on a GPU also tf32; sums are fp32 (fp32)"),
+    Option("threads", "", int, "N", "CPU: 0: OMP_NUM_THREADS, else the physical cores (0)"),
+    Option("isa", "", str, "NAME", "CPU: scalar, avx2, avx512, avx512bf16, amx, neon, neonbf16 (the best here)"),
+    Option("gemm", "", str, "NAME", "GPU: who multiplies matrices, cublaslt or own (cublaslt)"),
+    Option("attention", "", str, "NAME", "GPU: own or cudnn (cudnn where it is installed)"),
     Option("seed", "", int, "N", "of initial weights, samples and shuffling (0)"),
+)
+MASTERS = Option(
+    "masters", "", int, "0|1", "GPU, bf16: keep the weights in fp32 too; 0: round them stochastically (1)", (0, 1)
 )
 TRAIN_OPTIONS = (
     ("model and data", MODEL_AND_DATA),
     ("batches", BATCHES),
     ("optimiser", OPTIMISER),
     ("watching it", WATCHING),
-    ("machine", MACHINE),
+    ("machine", (*MACHINE, MASTERS)),
 )
 
 TRAIN_HELP = """\
@@ -146,7 +151,7 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument(
         "--top-k", type=int, default=0, metavar="K", help="choose among the K likeliest; 0: among all (0)"
     )
-    _add_options(sample, MACHINE[1:])
+    _add_options(sample, MACHINE)
 
     data = command("data", _data, "prepare text for training")
     data.add_argument("dataset", choices=("tinyshakespeare", "tinystories", "text"))
@@ -174,7 +179,7 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument(
         "--json", metavar="FILE", help="the updates' recipe and losses (the debug state's name in .json)"
     )
-    _add_options(verify, MACHINE[1:-1])
+    _add_options(verify, MACHINE[:-1])
 
     about = (
         "Let PyTorch overfit one batch, and write the model, its debug state (logits, loss, gradients) and the\n"
@@ -218,7 +223,7 @@ def parser() -> argparse.ArgumentParser:
         _add_bench_options(sub, what, warmup, repeats, seconds)
 
     info = command("info", _info, "show version, processor, threads and optional parts")
-    _add_options(info, MACHINE[1:-1])
+    _add_options(info, MACHINE[:-1])
 
     return top
 
@@ -334,9 +339,9 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _dry_run(config: TrainConfig, profile: bool) -> int:
-    from llmc import memory, training
+    from llmc import training
 
-    display.print_memory(sys.stdout, training.memory_plan(config, profile), memory.machine())
+    display.print_memory(sys.stdout, training.memory_plan(config, profile), training.memory_of(config))
     training.require_memory(config, profile=profile)
     return 0
 
@@ -350,7 +355,7 @@ def _sample(args: argparse.Namespace) -> int:
     from llmc import loading, sampling
 
     seed = getattr(args, "seed", 0)
-    model = loading.load(args.model, seed=seed, **_machine(args))
+    model = loading.load(args.model, seed=seed, masters=False, **_machine(args))
     tokenizer = loading.require_tokenizer(model)
     ids = tokenizer.encode(args.prompt)
     if tokenizer.name == "bytes":  # llmc's own models: their training windows began so
@@ -476,9 +481,9 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _machine(args: argparse.Namespace) -> dict[str, Any]:
-    """device, isa and threads, as far as they were given; 0 and "" mean the default."""
-    given = {name: vars(args)[name] for name in ("device", "isa", "threads") if name in vars(args)}
-    return {name: value for name, value in given.items() if value}
+    """The options of MACHINE but for the seed, as far as they were given; 0 and "" mean the default."""
+    names = [option.field for option in MACHINE if option.field != "seed"]
+    return {name: vars(args)[name] for name in names if vars(args).get(name)}
 
 
 # ---- main ------------------------------------------------------------------------------------------

@@ -4,6 +4,9 @@ A table of `Row`s says what lies in an arena; `Arena(table, empty)` makes a sing
 it.  `arena.wte` (or `arena["wte"]`) is a view of one tensor, `arena.layer(l)` a namespace with layer l's
 slice of every stacked tensor, and the single ones, which all layers share.  Views are made once, so the
 training loop allocates nothing.
+
+A tensor's place, counted in elements, does not depend on its type: arenas over one table in float32 and in
+bfloat16 (weights and their masters, gradients, moments) are vectors of one length with one meaning.
 """
 
 from __future__ import annotations
@@ -13,11 +16,12 @@ from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import ml_dtypes  # noqa: F401  makes "bfloat16" the name of a dtype
 import numpy as np
 
 Array = np.ndarray[Any, Any]
 
-ALIGNMENT = 64  # bytes: one cache line, one AVX-512 register
+ALIGNMENT = 64  # elements: 128 bytes of bfloat16, a GPU's cache line; 64 bytes of the narrowest, a CPU's
 
 
 class Row(NamedTuple):
@@ -53,11 +57,22 @@ class Row(NamedTuple):
 
 def table_nbytes(table: Iterable[Row]) -> int:
     """Bytes that an arena over `table` allocates, alignment included."""
-    return sum(_aligned(row.nbytes) for row in table)
+    return sum(_aligned(row) for row in table)
 
 
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+def _aligned(row: Row) -> int:
+    """Bytes that a row takes."""
+    return -(-row.size // ALIGNMENT) * ALIGNMENT * np.dtype(row.dtype).itemsize
+
+
+def spans(table: Iterable[Row]) -> Iterator[tuple[Row, int, int]]:
+    """Each row with the elements from start to stop that it has, padding included, in the `flat` of an arena over
+    `table`."""
+    start = 0
+    for row in table:
+        stop = start - -row.size // ALIGNMENT * ALIGNMENT
+        yield row, start, stop
+        start = stop
 
 
 class Arena:
@@ -76,7 +91,7 @@ class Arena:
         for row in self.table:
             raw = self.buffer[offset : offset + row.nbytes]
             self._views[row.name] = raw.view(row.dtype).reshape(row.full_shape)
-            offset += _aligned(row.nbytes)
+            offset += _aligned(row)
         depth = max((row.layers for row in self.table), default=0)
         single = {row.name: self[row.name] for row in self.table if not row.layers}
         self._layers = [

@@ -99,9 +99,10 @@ class _File:
         return out.tobytes()
 
     def fill(self, field: str, offset: int, out: Array, dtype: np.dtype[Any]) -> None:
-        """out (C-contiguous) = the values of `dtype` at byte `offset`; no copy where the dtypes agree."""
+        """out (C-contiguous) = the values of `dtype` at byte `offset`; no copy where the dtypes agree and out is
+        memory of this process."""
         flat = out.reshape(-1)
-        if out.dtype == dtype:
+        if isinstance(out, np.ndarray) and out.dtype == dtype:
             self._into(field, offset, flat)
             return
         chunk = np.empty(min(flat.size, CHUNK), dtype)
@@ -654,7 +655,7 @@ def _check_tied(head: _Tensor, wte: Array) -> None:
     for start in range(0, len(wte), step):
         rows = wte[start : start + step]
         head.fill(part[: len(rows)], start)
-        if not np.array_equal(part[: len(rows)], rows, equal_nan=True):
+        if not np.array_equal(part[: len(rows)].astype(rows.dtype, copy=False), rows, equal_nan=True):
             raise FileFormatError(head.file.path, head.name, "differs from wte.weight, to which llmc ties it")
 
 
@@ -677,7 +678,7 @@ def write_folder_weights(folder: PathLike, tensors: Iterable[tuple[Row, Array]],
         for row, array in pairs:
             for out in array if row.layers else array[None]:
                 values = out[:vocab_size] if row.name == PADDED else out
-                _emit(file, values.T if row.transpose else values, SAFE_DTYPES["F32"])
+                _emit(file, np.asarray(values).T if row.transpose else values, SAFE_DTYPES["F32"])
 
 
 def make_folder(folder: PathLike) -> None:

@@ -7,8 +7,10 @@ The model owns arenas and calls `ops`; it knows nothing of files, optimisers or 
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -127,7 +129,7 @@ def check_recompute(mode: str) -> None:
 def activation_rows(
     config: Config, B: int, T: int, dtype: str = "float32", recompute: str = "none"
 ) -> list[Row]:
-    """What the forward pass keeps, and the one buffer the backward pass adds.
+    """What the forward pass reads and keeps, and the one buffer the backward pass adds.
 
     `residual` is the stream before each layer (and after the last), `middle` the stream between a
     layer's two branches.  Per token and layer 16 C are kept with `recompute` "none", 12 C with "gelu", 10 C with
@@ -138,36 +140,50 @@ def activation_rows(
     if T > config.max_seq_len:
         raise ConfigError("sequence length", f"{T} exceeds the model's {config.max_seq_len}")
     C, L, H = config.channels, config.num_layers, config.num_heads
+    statistics = _statistics(dtype)
 
     def layers(name: str, *shape: int) -> Row:
         return Row(name, shape, dtype, 0 if name in RECOMPUTE[recompute] else L)
 
+    def numbers(name: str, *shape: int) -> Row:
+        return layers(name, *shape)._replace(dtype=statistics)
+
     return [
+        Row("tokens", (B, T), "int32"),
+        Row("targets", (B, T), "int32"),
         Row("residual", (B, T, C), dtype, L + 1),
         layers("ln1", B, T, C),
-        layers("ln1_mean", B, T),
-        layers("ln1_rstd", B, T),
+        numbers("ln1_mean", B, T),
+        numbers("ln1_rstd", B, T),
         layers("qkv", B, T, 3 * C),
         layers("atty", B, T, C),
-        layers("lse", B, H, T),
+        numbers("lse", B, H, T),
         layers("middle", B, T, C),
         layers("ln2", B, T, C),
-        layers("ln2_mean", B, T),
-        layers("ln2_rstd", B, T),
+        numbers("ln2_mean", B, T),
+        numbers("ln2_rstd", B, T),
         layers("fch", B, T, 4 * C),
         layers("fch_gelu", B, T, 4 * C),
         Row("lnf", (B, T, C), dtype),
-        Row("lnf_mean", (B, T), dtype),
-        Row("lnf_rstd", (B, T), dtype),
-        Row("losses", (B, T), dtype),
+        Row("lnf_mean", (B, T), statistics),
+        Row("lnf_rstd", (B, T), statistics),
+        Row("losses", (B, T), statistics),
         Row("dresidual", (B, T, C), dtype),
     ]
 
 
-def workspace(config: Config, dtype: str = "float32") -> dict[str, int]:
-    """The arguments of `ops.reserve` for a model of this configuration."""
-    parameters = table_nbytes(parameter_rows(config, dtype)) // np.dtype(dtype).itemsize
-    return {"channels": config.channels, "vocab_size": config.vocab_size, "parameters": parameters}
+def _statistics(dtype: str) -> str:
+    """The type of means, logarithms and losses beside activations of `dtype`."""
+    return "float32" if dtype == "bfloat16" else dtype
+
+
+def workspace(config: Config, B: int, T: int) -> dict[str, int]:
+    """The arguments of `ops.reserve` for a model of this configuration and batches of (B, T)."""
+    parameters = table_nbytes(parameter_rows(config)) // np.dtype("float32").itemsize
+    return {
+        "channels": config.channels, "vocab_size": config.padded_vocab_size, "parameters": parameters,
+        "tokens": B * T, "heads": config.num_heads,
+    }  # fmt: skip
 
 
 def cache_rows(config: Config, B: int, dtype: str = "float32") -> list[Row]:
@@ -178,12 +194,13 @@ def cache_rows(config: Config, B: int, dtype: str = "float32") -> list[Row]:
 
 def decode_rows(config: Config, B: int, T: int, dtype: str = "float32") -> list[Row]:
     """Scratch of `decode` for T new tokens; one layer's worth, since nothing is kept for a backward pass."""
-    C = config.channels
+    C, statistics = config.channels, _statistics(dtype)
     return [
+        Row("tokens", (B, T), "int32"),
         Row("residual", (B, T, C), dtype),
         Row("norm", (B, T, C), dtype),
-        Row("mean", (B, T), dtype),
-        Row("rstd", (B, T), dtype),
+        Row("mean", (B, T), statistics),
+        Row("rstd", (B, T), statistics),
         Row("qkv", (B, T, 3 * C), dtype),
         Row("atty", (B, T, C), dtype),
         Row("fch", (B, T, 4 * C), dtype),
@@ -196,21 +213,41 @@ def decode_rows(config: Config, B: int, T: int, dtype: str = "float32") -> list[
 class GPT2:
     """Parameters (zero until `initialise` or a checkpoint fills them) and, after `prepare`, what training needs.
 
-    `dtype` is the storage type of every arena, `recompute` the mode that `prepare` was given.  `tokenizer` is
-    the caller's to set, or to promise with `tokenizer_later`; the model ignores it.
+    `dtype` is the type of weights, gradients and activations, by default what the backend stores.  Where that is
+    bfloat16, `params` are float32 masters, unless `masters` is false: what is trained, read from files and saved.
+    `weights` are what the layers read: `params` themselves, or their copies rounded to nearest, which `refresh` makes
+    after others have written to `params`.
+
+    `recompute` is the mode that `prepare` was given.  `tokenizer` is the caller's to set, or to promise with
+    `tokenizer_later`; the model ignores it.
     """
 
-    def __init__(self, config: Config, ops: Ops, dtype: str = "float32") -> None:
+    def __init__(self, config: Config, ops: Ops, dtype: str | None = None, masters: bool = True) -> None:
         self.config = config
-        self.ops = ops
-        self.dtype = dtype
+        self.dtype: str = ops.info()["storage"] if dtype is None else dtype
         self.recompute = "none"
         self.tokenizer = None
-        self.params = Arena(parameter_rows(config, dtype), ops.empty)
+        self._replays: dict[tuple[Any, ...], Callable[[], None]] = {}
+        self.ops = ops
+        rows = parameter_rows(config, self.dtype)
+        narrow = masters and self.dtype == "bfloat16"
+        self.params = Arena(parameter_rows(config) if narrow else rows, ops.empty)
+        self.weights = Arena(rows, ops.empty) if narrow else self.params
         self.grads: Arena | None = None
         self.acts: Arena | None = None
+        self.total = ops.empty((1,), "float64")
         self._scratch: Arena | None = None
-        ops.reserve(**workspace(config, dtype))
+        ops.reserve(**workspace(config, 1, 1))
+
+    @property
+    def ops(self) -> Ops:
+        """The backend that the model calls.  Another one must take the same arrays; what was recorded is forgotten."""
+        return self._ops
+
+    @ops.setter
+    def ops(self, ops: Ops) -> None:
+        self._ops = ops
+        self._replays.clear()
 
     @property
     def tokenizer(self) -> Any:
@@ -246,6 +283,12 @@ class GPT2:
             std = INIT_STD / math.sqrt(2 * L) if row.name in ("attprojw", "fcprojw") else INIT_STD
             self.ops.normal(tensor[:V] if row.name == "wte" else tensor, seed, stream, std)
         self.params.wte[V:] = 0.0
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Make `weights` from `params` anew, where they are not the same."""
+        if self.weights is not self.params:
+            self.ops.copy(self.weights.flat, self.params.flat)
 
     def prepare(self, B: int, T: int, recompute: str = "none") -> None:
         """Allocate what training on batches of (B, T) needs, so that the first step allocates nothing.
@@ -256,16 +299,22 @@ class GPT2:
         """
         check_recompute(recompute)
         if recompute != self.recompute:
-            self.recompute, self.acts = recompute, None
+            self.recompute = recompute
+            self._forget()
         self._activations(B, T)
         self._gradients()
 
     def _activations(self, B: int, T: int) -> Arena:
         if self.acts is None or self.acts.losses.shape != (B, T):
             rows = activation_rows(self.config, B, T, self.dtype, self.recompute)
-            self.acts = None  # freed before its successor is made
+            self._forget()  # freed before its successor is made
+            self.ops.reserve(**workspace(self.config, B, T))
             self.acts = Arena(rows, self.ops.empty)
         return self.acts
+
+    def _forget(self) -> None:
+        self._replays.clear()
+        self.acts = None
 
     def _gradients(self) -> Arena:
         if self.grads is None:
@@ -275,7 +324,9 @@ class GPT2:
     @property
     def nbytes(self) -> int:
         """Bytes of the arenas that exist now; the backend's workspace and key-value caches are not counted."""
-        return sum(a.nbytes for a in (self.params, self.grads, self.acts, self._scratch) if a is not None)
+        copies = None if self.weights is self.params else self.weights
+        arenas = (self.params, copies, self.grads, self.acts, self._scratch)
+        return sum(arena.nbytes for arena in arenas if arena is not None)
 
     @property
     def losses(self) -> Array:
@@ -284,35 +335,64 @@ class GPT2:
             raise RuntimeError("losses exist only after forward() or loss()")
         return self.acts.losses
 
+    def _replay(self, function: Callable[..., None], *args: Any) -> None:
+        """function(self, *args), which the backend may record.
+
+        Recordings hold the model weakly: it and its arenas go when the last who holds it lets go.
+        """
+        key = (function, *args)
+        if key not in self._replays:
+            self._replays[key] = self.ops.record(partial(function, weakref.proxy(self), *args))
+        self._replays[key]()
+
+    def _begin(self, tokens: Array, targets: Array | None) -> None:
+        """Bring a batch to the device; ValueError for an id outside the vocabulary."""
+        a, V = self._activations(*tokens.shape), self.config.vocab_size
+        for name, ids in (("tokens", tokens), ("targets", targets)):
+            if ids is None:
+                continue
+            if ids.shape != tokens.shape:
+                raise ValueError(f"{name}: expected shape {tokens.shape}, got {ids.shape}")
+            if ids.size and not 0 <= ids.min() <= ids.max() < V:
+                b, t = np.argwhere((ids < 0) | (ids >= V))[0]
+                raise ValueError(f"{name}: id {ids[b, t]} at [{b}, {t}] is outside [0, {V})")
+            a[name][...] = ids
+
     # ---- forward -----------------------------------------------------------------------------------
 
-    def _body(self, tokens: Array) -> Arena:
-        """Everything before the head: acts.lnf from tokens (B, T)."""
-        B, T = tokens.shape
-        a = self._activations(B, T)
-        ops, p, V = self.ops, self.params, self.config.vocab_size
-
-        ops.embedding_forward(a.residual[0], tokens, p.wte, p.wpe, V, 0)
+    def _body(self) -> None:
+        """Everything before the head: acts.lnf from acts.tokens."""
+        ops, p, a = self.ops, self.weights, self._acts
+        ops.embedding_forward(a.residual[0], a.tokens, p.wte, p.wpe, self.config.vocab_size, 0)
+        self._first_norm(a, 0)
         for i in range(self.config.num_layers):
             self._layer_forward(a, i)
-        final = a.layer(self.config.num_layers).residual
-        ops.layernorm_forward(a.lnf, a.lnf_mean, a.lnf_rstd, final, p.lnfw, p.lnfb, LAYERNORM_EPS)
-        return a
+
+    def _first_norm(self, a: Arena, i: int) -> None:
+        w, x = self.weights.layer(i), a.layer(i)
+        self.ops.layernorm_forward(x.ln1, x.ln1_mean, x.ln1_rstd, x.residual, w.ln1w, w.ln1b, LAYERNORM_EPS)
 
     def _layer_forward(self, a: Arena, i: int, output: bool = True) -> None:
-        """Layer i, from residual[i] to residual[i + 1]; without `output` only as far as its backward pass reads."""
-        ops, w, x = self.ops, self.params.layer(i), a.layer(i)
-        ops.layernorm_forward(x.ln1, x.ln1_mean, x.ln1_rstd, x.residual, w.ln1w, w.ln1b, LAYERNORM_EPS)
+        """Layer i, from ln1 to residual[i + 1] and the norm that follows it, the next layer's or the last; without
+        `output` only as far as its backward pass reads."""
+        ops, w, x = self.ops, self.weights.layer(i), a.layer(i)
         ops.linear_forward(x.qkv, x.ln1, w.qkvw, w.qkvb)
         ops.attention_forward(x.atty, x.lse, x.qkv)
         ops.linear_forward(x.middle, x.atty, w.attprojw, w.attprojb)
-        ops.residual_forward(x.middle, x.residual, x.middle)
-        ops.layernorm_forward(x.ln2, x.ln2_mean, x.ln2_rstd, x.middle, w.ln2w, w.ln2b, LAYERNORM_EPS)
+        ops.residual_layernorm_forward(
+            x.middle, x.ln2, x.ln2_mean, x.ln2_rstd, x.residual, x.middle, w.ln2w, w.ln2b, LAYERNORM_EPS
+        )
         ops.linear_gelu_forward(x.fch_gelu, x.fch, x.ln2, w.fcw, w.fcb)
-        if output:
-            after = a.layer(i + 1).residual
-            ops.linear_forward(after, x.fch_gelu, w.fcprojw, w.fcprojb)
-            ops.residual_forward(after, x.middle, after)
+        if not output:
+            return
+        after = a.layer(i + 1)
+        ops.linear_forward(after.residual, x.fch_gelu, w.fcprojw, w.fcprojb)
+        if i + 1 < self.config.num_layers:
+            v = self.weights.layer(i + 1)
+            norm, scale, shift = (after.ln1, after.ln1_mean, after.ln1_rstd), v.ln1w, v.ln1b
+        else:
+            norm, scale, shift = (a.lnf, a.lnf_mean, a.lnf_rstd), w.lnfw, w.lnfb
+        ops.residual_layernorm_forward(after.residual, *norm, x.middle, after.residual, scale, shift, LAYERNORM_EPS)
 
     def forward(self, tokens: Array, targets: Array, *, scale: float | None = None, accumulate: bool = False) -> float:
         """Mean loss over tokens, targets (B, T) int32, and the head's backward with it.
@@ -320,40 +400,69 @@ class GPT2:
         `scale` multiplies every token's loss in the gradient (default 1/(B T), the mean); `accumulate`
         adds to the gradients instead of overwriting them.  Follow with `backward`.
         """
-        B, T = tokens.shape
-        a, grads = self._body(tokens), self._gradients()
-        scale = 1.0 / max(1, B * T) if scale is None else scale
-        self.ops.head_loss(
-            a.losses, a.lnf, grads.wte, a.lnf, self.params.wte, targets, self.config.vocab_size, scale, accumulate
-        )
-        return float(np.mean(a.losses, dtype=np.float64))
+        self._forward(tokens, targets, scale, accumulate)
+        return self._mean_loss()
+
+    def gradients(
+        self, tokens: Array, targets: Array, *, scale: float | None = None, accumulate: bool = False
+    ) -> None:
+        """`forward` and `backward` without waiting for either.  `total` (1,) becomes `scale` times the sum of the
+        losses, or with `accumulate` is added to."""
+        self._forward(tokens, targets, scale, accumulate)
+        self.backward(accumulate)
+
+    def _forward(self, tokens: Array, targets: Array, scale: float | None, accumulate: bool) -> None:
+        self._begin(tokens, targets)
+        self._gradients()
+        self._replay(GPT2._forward_pass, 1.0 / max(1, tokens.size) if scale is None else scale, accumulate)
+
+    def _forward_pass(self, scale: float, accumulate: bool) -> None:
+        self._body()
+        a, grads, V = self._acts, self._gradients(), self.config.vocab_size
+        self.ops.head_loss(a.losses, a.lnf, grads.wte, a.lnf, self.weights.wte, a.targets, V, scale, accumulate)
+        self.ops.sum_losses(self.total, a.losses, scale, accumulate)
 
     def loss(self, tokens: Array, targets: Array) -> float:
         """Mean loss over tokens, targets (B, T); no gradients."""
-        a = self._body(tokens)
-        self.ops.head_loss(
-            a.losses, None, None, a.lnf, self.params.wte, targets, self.config.vocab_size, 1.0, accumulate=False
-        )
-        return float(np.mean(a.losses, dtype=np.float64))
+        self._begin(tokens, targets)
+        self._replay(GPT2._loss_pass)
+        return self._mean_loss()
+
+    def _loss_pass(self) -> None:
+        self._body()
+        a, V = self._acts, self.config.vocab_size
+        self.ops.head_loss(a.losses, None, None, a.lnf, self.weights.wte, a.targets, V, 1.0, False)
+
+    def _mean_loss(self) -> float:
+        return float(np.mean(self.ops.fetch(self._acts.losses)(), dtype=np.float64))
 
     def logits(self, tokens: Array) -> Array:
-        """Logits (B, T, V) for tokens (B, T): a new array of B T V floats, for tests and `verify`."""
-        a = self._body(tokens)
+        """Logits (B, T, V) for tokens (B, T): a new NumPy array of B T V floats, for tests and `verify`."""
+        self._begin(tokens, None)
+        self._replay(GPT2._body)
         out = self.ops.empty((*tokens.shape, self.config.vocab_size), self.dtype)
-        self.ops.head_logits(out, a.lnf, self.params.wte, self.config.vocab_size)
-        return out
+        self.ops.head_logits(out, self._acts.lnf, self.weights.wte, self.config.vocab_size)
+        return self.ops.fetch(out)()
+
+    @property
+    def _acts(self) -> Arena:
+        if self.acts is None:
+            raise RuntimeError("there are no activations before a forward pass")
+        return self.acts
 
     # ---- backward ----------------------------------------------------------------------------------
 
-    def backward(self, tokens: Array, accumulate: bool = False) -> None:
-        """The rest of the backward pass after `forward(tokens, ...)`; gradients are left in `grads`.
+    def backward(self, accumulate: bool = False) -> None:
+        """The rest of the backward pass after `forward`; gradients are left in `grads`.
 
         Works in place: each gradient overwrites the activation that was its partner and is dead by then.
         """
-        ops, p, g, a = self.ops, self.params, self.grads, self.acts
-        if g is None or a is None:
+        if self.grads is None or self.acts is None:
             raise RuntimeError("backward() needs a forward() before it")
-        acc = accumulate
+        self._replay(GPT2._backward_pass, accumulate)
+
+    def _backward_pass(self, acc: bool) -> None:
+        ops, p, g, a = self.ops, self.weights, self._gradients(), self._acts
         dresidual = a.dresidual
 
         ops.zero(dresidual)
@@ -362,10 +471,10 @@ class GPT2:
         for i in reversed(range(self.config.num_layers)):
             w, d, x = p.layer(i), g.layer(i), a.layer(i)
             self._layer_again(a, i)
-            datty = x.ln2
+            dfch, datty = x.fch_gelu, x.ln2
             dqkv = x.fch.reshape(-1)[: x.qkv.size].reshape(x.qkv.shape)
-            ops.linear_backward(x.fch_gelu, d.fcprojw, d.fcprojb, dresidual, x.fch_gelu, w.fcprojw, acc)
-            ops.linear_gelu_backward(x.ln2, d.fcw, d.fcb, x.fch_gelu, x.fch_gelu, x.fch, x.ln2, w.fcw, acc)
+            ops.gelu_linear_backward(dfch, d.fcprojw, d.fcprojb, dresidual, x.fch, x.fch_gelu, w.fcprojw, acc)
+            ops.linear_backward(x.ln2, d.fcw, d.fcb, dfch, x.ln2, w.fcw, acc)
             ops.layernorm_backward(
                 dresidual, d.ln2w, d.ln2b, x.ln2, x.middle, x.ln2_mean, x.ln2_rstd, w.ln2w, acc
             )
@@ -375,19 +484,20 @@ class GPT2:
             ops.layernorm_backward(
                 dresidual, d.ln1w, d.ln1b, x.ln1, x.residual, x.ln1_mean, x.ln1_rstd, w.ln1w, acc
             )
-        ops.embedding_backward(g.wte, g.wpe, dresidual, tokens, acc)
+        ops.embedding_backward(g.wte, g.wpe, dresidual, a.tokens, acc)
 
     def _layer_again(self, a: Arena, i: int) -> None:
         """Make again what `forward` has not kept of layer i."""
         if i == self.config.num_layers - 1:
             return  # nothing has written over the last layer's
-        ops, w, x = self.ops, self.params.layer(i), a.layer(i)
+        ops, w, x = self.ops, self.weights.layer(i), a.layer(i)
+        if self.recompute in ("gelu+norm", "block"):
+            self._first_norm(a, i)
         if self.recompute == "block":
             self._layer_forward(a, i, output=False)
         if self.recompute in ("gelu", "gelu+norm"):
             ops.gelu_forward(x.fch_gelu, x.fch)
         if self.recompute == "gelu+norm":
-            ops.layernorm_forward(x.ln1, x.ln1_mean, x.ln1_rstd, x.residual, w.ln1w, w.ln1b, LAYERNORM_EPS)
             ops.layernorm_forward(x.ln2, x.ln2_mean, x.ln2_rstd, x.middle, w.ln2w, w.ln2b, LAYERNORM_EPS)
 
     # ---- decode ------------------------------------------------------------------------------------
@@ -405,10 +515,12 @@ class GPT2:
         B, T = tokens.shape
         if self._scratch is None or self._scratch.mean.shape != (B, T):
             self._scratch = None  # freed before its successor is made
+            self.ops.reserve(**workspace(self.config, B, T))
             self._scratch = Arena(decode_rows(self.config, B, T, self.dtype), self.ops.empty)
-        ops, p, s, V = self.ops, self.params, self._scratch, self.config.vocab_size
+        ops, p, s, V = self.ops, self.weights, self._scratch, self.config.vocab_size
+        s.tokens[...] = tokens
 
-        ops.embedding_forward(s.residual, tokens, p.wte, p.wpe, V, position)
+        ops.embedding_forward(s.residual, s.tokens, p.wte, p.wpe, V, position)
         for i in range(self.config.num_layers):
             w, kv = p.layer(i), cache.layer(i)
             ops.layernorm_forward(s.norm, s.mean, s.rstd, s.residual, w.ln1w, w.ln1b, LAYERNORM_EPS)

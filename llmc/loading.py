@@ -30,8 +30,8 @@ TOKENIZER_FILE = "tokenizer.bin"
 
 def load(
     source: PathLike, *, device: str = "cpu", isa: str | None = None, threads: int | None = None,
-    dtype: str | None = None, seed: int = 0, vocab_size: int | None = None, max_seq_len: int | None = None,
-    ops: Ops | None = None,
+    dtype: str | None = None, gemm: str | None = None, attention: str | None = None, masters: bool = True,
+    seed: int = 0, vocab_size: int | None = None, max_seq_len: int | None = None, ops: Ops | None = None,
 ) -> GPT2:
     """A model with weights and, in `.tokenizer`, its tokenizer (None where none is known or to be had).
 
@@ -44,26 +44,27 @@ def load(
     * "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", or "owner/model": the weights from the hub.
 
     Of weights that are read, `vocab_size` must be the one asked for and `max_seq_len` at least that.
-    `device`, `isa`, `threads` and `dtype` are those of `ops.load`, which sets them for the whole process; or `ops` is a
-    backend already set up, and they are not given.  Raises ConfigError, FileFormatError, DownloadError or
-    MissingDependencyError.
+    `device`, `isa`, `threads`, `dtype`, `gemm` and `attention` are those of `ops.load`, which sets them for the whole
+    process; or `ops` is a backend already set up, and they are not given.  `masters` is that of `GPT2`.  Raises
+    ConfigError, FileFormatError, DownloadError, MissingDependencyError or DeviceError.
     """
-    given = {"isa": isa, "threads": threads, "dtype": dtype}
+    given = {"isa": isa, "threads": threads, "dtype": dtype, "gemm": gemm, "attention": attention}
     for field, value in given.items():
         if ops is not None and value is not None:
             raise ConfigError(field, f"{value!r} is given beside a backend that is set up already")
     name = os.fspath(source)
-    backend = contract.load(device, isa=isa, threads=threads, dtype=dtype) if ops is None else ops
+    backend = contract.load(device, **given) if ops is None else ops  # type: ignore[arg-type]
     if is_preset(name):
         config = preset(name)
         changes = {"vocab_size": vocab_size, "max_seq_len": max_seq_len}
         config = replace(config, **{field: value for field, value in changes.items() if value is not None})
-        model = GPT2(config, backend)
+        model = GPT2(config, backend, masters=masters)
         model.initialise(seed)
         _promise_tokenizer(model, TOKENIZERS.get(config.vocab_size))
         return model
     path = locate(name)
-    model = _from_folder(path, backend) if path.is_dir() else _from_file(path, backend)
+    model = _from_folder(path, backend, masters) if path.is_dir() else _from_file(path, backend, masters)
+    model.refresh()
     if vocab_size is not None and vocab_size != model.config.vocab_size:
         raise ConfigError("vocab_size", f"{vocab_size} asked for, {name} has {model.config.vocab_size}")
     if max_seq_len is not None and max_seq_len > model.config.max_seq_len:
@@ -123,15 +124,15 @@ def _read_header(path: Path) -> Dimensions:
     return checkpoint.read_model_header(path, rows_for)[1]
 
 
-def _from_file(path: Path, ops: Ops) -> GPT2:
+def _from_file(path: Path, ops: Ops, masters: bool) -> GPT2:
     dimensions = _read_header(path)
-    model = GPT2(config_of(dimensions), ops)
+    model = GPT2(config_of(dimensions), ops, masters=masters)
     checkpoint.read_model(path, dimensions, model.params)
     _promise_tokenizer(model, TOKENIZERS.get(model.config.vocab_size))
     return model
 
 
-def _from_folder(folder: Path, ops: Ops) -> GPT2:
+def _from_folder(folder: Path, ops: Ops, masters: bool) -> GPT2:
     dimensions, name = checkpoint.read_folder_config(folder)
     V = dimensions.vocab_size
     checkpoint.check_folder(folder, rows_for(dimensions), V)  # before a wrong config.json allocates terabytes
@@ -142,7 +143,7 @@ def _from_folder(folder: Path, ops: Ops) -> GPT2:
     if size > V:
         detail = f"{name!r} has {size} entries, the model {V}"
         raise FileFormatError(folder / checkpoint.CONFIG_FILE, checkpoint.TOKENIZER_FIELD, detail)
-    model = GPT2(config_of(dimensions), ops)
+    model = GPT2(config_of(dimensions), ops, masters=masters)
     checkpoint.read_folder(folder, model.params, V)
     if file is None:
         _promise_tokenizer(model, source)

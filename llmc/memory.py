@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from llmc import gpt2, sampling
+from llmc import adamw, gpt2, sampling
 from llmc.arena import table_nbytes
 from llmc.errors import ConfigError
 from llmc.ops import Ops
@@ -42,27 +42,34 @@ class Plan:
 
 
 def plan(
-    config: gpt2.Config, ops: Ops, B: int, T: int, *, dtype: str = "float32", recompute: str = "none",
-    sample_length: int = 0, data: int = 0, profile: int = 0,
+    config: gpt2.Config, ops: Ops, B: int, T: int, *, dtype: str = "float32", masters: bool = True,
+    recompute: str = "none", sample_length: int = 0, data: int = 0, profile: int = 0,
 ) -> Plan:
-    """The plan of training on batches of (B, T): arenas of `dtype` with activations as `recompute` says.
+    """The plan of training on batches of (B, T): arenas of `dtype`, parameters of float32 beside bfloat16 ones where
+    there are `masters`, and activations as `recompute` says.
 
     `sample_length` is the number of tokens per sample, 0 for a run that takes none; `data` the bytes of batches
     and of their order, `profile` those of a profile.  ConfigError as by `gpt2.activation_rows`.
     """
-    parameters = table_nbytes(gpt2.parameter_rows(config, dtype))
+    weights = gpt2.parameter_rows(config, dtype)
+    parameters = table_nbytes(weights)
+    full = table_nbytes(adamw.moment_rows(weights))
+    kept_twice = masters and dtype == "bfloat16"
     rows = gpt2.activation_rows(config, B, T, dtype, recompute)
     per_layer = sum(row.nbytes // row.layers for row in rows if row.layers)
     kept = per_layer * config.num_layers
     backward = table_nbytes(row for row in rows if row.name in BACKWARD)
-    workspace = ops.workspace_nbytes(**gpt2.workspace(config, dtype))
+    longest = sampling.longest(config, sample_length) if sample_length else 1
+    workspace = ops.workspace_nbytes(**gpt2.workspace(config, 1, max(B * T, longest)))
     cache, scratch = sampling.nbytes(config, sample_length, dtype) if sample_length else (0, 0)
     return Plan(
         (
-            Part("parameters", parameters),
+            Part("parameters", full if kept_twice else parameters, "float32 masters" if kept_twice else ""),
+            *([Part("weights in bf16", parameters, "what the layers read")] if kept_twice else []),
             Part("gradients", parameters),
-            Part("AdamW m", parameters),
-            Part("AdamW v", parameters),
+            Part("AdamW m", full),
+            Part("AdamW v", full),
+            Part("scalars", table_nbytes(adamw.STATE) + 8, "learning rate, norm, loss"),
             Part("activations, kept", kept, f"{config.num_layers} layers of {per_layer:,}"),
             Part("activations, single", table_nbytes(rows) - kept - backward, "one for all layers"),
             Part("backward scratch", backward, "the rest of it overwrites activations"),
@@ -70,8 +77,10 @@ def plan(
             Part("sampling cache", cache, "keys and values" if sample_length else "no samples"),
             Part("sampling scratch", scratch, "at most" if sample_length > config.max_seq_len else ""),
             Part("workspace, shared", workspace["shared"], "logits of a chunk, partial sums"),
-            Part("workspace, threads", workspace["threads"], "packed panels, attention blocks"),
-            Part("data", data, "batches and their order"),
+            Part("workspace, threads", workspace["threads"], "packed panels, attention blocks")
+            if ops.info()["device"] == "cpu"
+            else Part("workspace, library", workspace["threads"], "cuBLASLt's"),
+            *([Part("data", data, "batches and their order")] if ops.memory() is None else []),
             Part("profile", profile, "streams that ops are compared with" if profile else "none"),
         )
     )
@@ -88,6 +97,15 @@ class Machine:
     total: int
     available: int
     limit: int | None = None
+
+
+def device(ops: Ops) -> Machine:
+    """Where the arenas of `ops` lie: a GPU's own memory, or this machine's."""
+    found = ops.memory()
+    if found is None:
+        return machine()
+    available, total = found
+    return Machine(total, available)
 
 
 def machine(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> Machine:

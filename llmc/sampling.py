@@ -63,9 +63,14 @@ def stream(
 
 def nbytes(config: Config, max_new_tokens: int, dtype: str = "float32") -> tuple[int, int]:
     """Bytes of the cache and of the most scratch that `stream` needs for so many tokens after a prompt of one."""
+    scratch = decode_rows(config, 1, longest(config, max_new_tokens), dtype)
+    return table_nbytes(cache_rows(config, 1, dtype)), table_nbytes(scratch)
+
+
+def longest(config: Config, max_new_tokens: int) -> int:
+    """The most tokens that `stream` reads in at once, for so many tokens after a prompt of one."""
     window = config.max_seq_len
-    longest = 1 if max_new_tokens <= window else max(1, window - 1)  # a fresh window leaves room for a token
-    return table_nbytes(cache_rows(config, 1, dtype)), table_nbytes(decode_rows(config, 1, longest, dtype))
+    return 1 if max_new_tokens <= window else max(1, window - 1)  # a fresh window leaves room for a token
 
 
 def end_of_text(model: GPT2) -> int:
@@ -104,7 +109,8 @@ def _fresh_window(recent: list[int], eot: int) -> list[int]:
 
 def _decode(model: GPT2, cache: Arena, tokens: list[int], position: int) -> Array:
     """Logits (V,) of the token after `tokens`."""
-    return model.decode(cache, np.array([tokens], dtype=np.int32), position)[0]
+    logits = model.decode(cache, np.array([tokens], dtype=np.int32), position)
+    return model.ops.fetch(logits)()[0]
 
 
 def choose(logits: Array, temperature: float, top_k: int, random: np.random.Generator) -> int:

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any, TextIO, cast
 from llmc import evaluation, gpt2, loading, memory, profiling, recipes, sampling, schedule
 from llmc import ops as contract
 from llmc.adamw import AdamW
+from llmc.arena import Array
 from llmc.data import Shards, find_shards
 from llmc.errors import ConfigError, DivergenceError
 from llmc.gpt2 import GPT2
@@ -63,8 +65,11 @@ class TrainConfig:
     overfit: bool = False  # the first batch again and again
     shuffle: bool = False  # the training data's windows in an order drawn from the seed
     recompute: str = "none"  # what the backward pass makes again, to save memory: a key of gpt2.RECOMPUTE
-    dtype: str = "fp32"  # of the operands of matrix products; sums, weights and moments are fp32 always
-    device: str = "cpu"
+    dtype: str = "fp32"  # of the operands of matrix products: fp32, bf16, or on a GPU tf32
+    masters: bool = True  # weights in fp32 beside the bf16 that a GPU computes with; else bf16 rounded stochastically
+    device: str = "cpu"  # cpu, cuda, or of several GPUs cuda:1
+    gemm: str = ""  # on a GPU, who multiplies matrices: cublaslt or own; "": cublaslt
+    attention: str = ""  # on a GPU: own or cudnn; "": cudnn where it is installed
     threads: int = 0  # 0: OMP_NUM_THREADS, else the physical cores
     isa: str = ""  # "": LLMC_ISA, else the best this CPU has
     seed: int = 0  # of the initial weights, the samples and the order of the data
@@ -96,6 +101,8 @@ class TrainConfig:
         if self.dtype not in DTYPES:
             known = ", ".join(DTYPES)
             raise ConfigError("dtype", f"{self.dtype!r} is unknown; choose from {known}")
+        if not self.masters and (self.dtype != "bf16" or self.device == "cpu"):
+            raise ConfigError("masters", "0 is for bf16 on a GPU; elsewhere the weights are fp32 as it is")
         if self.val_data and not self.train_data:
             raise ConfigError("val_data", "is given without train_data")
 
@@ -144,13 +151,13 @@ class Started:
 
 @dataclass(frozen=True)
 class Step:
-    """Update number `step` (from 0) is done."""
+    """Update number `step` (from 0) is done.  On a GPU the next one may be under way by then."""
 
     step: int
     loss: float  # nats per token, before the update
     norm: float  # of the gradient, before clipping
     lr: float
-    seconds: float
+    seconds: float  # since the update before it was done, or since this one began
     tokens_per_second: float
 
 
@@ -220,7 +227,7 @@ def _run(config: TrainConfig, model: GPT2 | None, stop: Callable[[], bool], prof
         _require_dtype(config, model)
     require_memory(config, model, profile)
     if model is None:
-        model = loading.load(config.init, ops=_backend(config), seed=config.seed)
+        model = loading.load(config.init, ops=_backend(config), seed=config.seed, masters=config.masters)
     B, T = config.batch_size, config.sequence_length
     model.prepare(B, T, config.recompute)
     data, held_out = _open_data(config, model)
@@ -229,9 +236,12 @@ def _run(config: TrainConfig, model: GPT2 | None, stop: Callable[[], bool], prof
     profiled = Profiled(model.ops, steps) if profile else None
     ops = model.ops if profiled is None else cast(Ops, profiled)
     optimizer = AdamW(
-        model.params.table, model.params, model.grads, ops,
+        model.params.table, model.params, model.grads, ops, weights=model.weights, loss=model.total,
         beta1=config.beta1, beta2=config.beta2, eps=config.eps, weight_decay=config.weight_decay,
+        grad_clip=config.grad_clip, seed=config.seed,
     )
+    ahead = 0 if profile else ops.info()["ahead"]
+    under_way: deque[_Update] = deque()
     with _Output(config) as output, _using(model, ops):
         yield Started(
             model=model.config,
@@ -244,7 +254,16 @@ def _run(config: TrainConfig, model: GPT2 | None, stop: Callable[[], bool], prof
             val_batches=0 if held_out is None else held_out.num_batches,
             backend=model.ops.info(),
         )
-        step = 0
+        step, done = 0, 0.0
+
+        def finished(most: int) -> Iterator[Step]:
+            """The results of all updates but the last `most`, as they come."""
+            nonlocal done
+            while len(under_way) > most:
+                event, done = under_way.popleft().finish(config, done)
+                output.log(asdict(event))
+                yield event
+
         while True:
             if config.val_every and step % config.val_every == 0 and held_out is not None:
                 event = _validate(config, model, held_out, step)
@@ -255,14 +274,15 @@ def _run(config: TrainConfig, model: GPT2 | None, stop: Callable[[], bool], prof
             if step == steps or stop():
                 break
             with contextlib.nullcontext() if profiled is None else profiled.step():
-                done = _update(config, model, optimizer, data, step, steps)
-            output.log(asdict(done))
-            yield done
+                under_way.append(_update(config, model, optimizer, data, step, steps))
             step += 1
+            yield from finished(0 if _looks(config, step, steps) else ahead)
+        yield from finished(0)
         if profiled is not None and step > 0:
             yield profiled.report()
         if config.out:
-            _require_finite(model.ops.global_norm(model.params.flat), "weights' norm", step, "not saved")
+            ops.global_norm(optimizer.norm, model.params.flat)
+            _require_finite(float(ops.fetch(optimizer.norm)()[0]), "weights' norm", step, "not saved")
             output.save(model)
             yield Saved(step, config.out)
 
@@ -276,34 +296,51 @@ def _using(model: GPT2, ops: Ops) -> Iterator[None]:
         model.ops = before
 
 
+def _looks(config: TrainConfig, step: int, steps: int) -> bool:
+    """Whether the model is looked at after `step` updates: by a validation, a sample, or because it was the last."""
+    intervals = (config.val_every, config.sample_every)
+    return step == steps or any(interval and step % interval == 0 for interval in intervals)
+
+
+@dataclass(frozen=True)
+class _Update:
+    """An update that the device has been given, and what it will tell."""
+
+    step: int
+    lr: float
+    began: float
+    loss: Callable[[], Array]
+    norm: Callable[[], Array]
+
+    def finish(self, config: TrainConfig, before: float) -> tuple[Step, float]:
+        """Wait for it, `before` being when the update before it was done; and when this one was.  DivergenceError where
+        its loss or norm is not finite: the device has not applied it."""
+        loss = float(self.loss()[0])
+        norm = float(self.norm()[0])
+        done = time.perf_counter()
+        _require_finite(loss, "loss", self.step, "the update was not applied")
+        _require_finite(norm, "gradient norm", self.step, "the update was not applied")
+        seconds = done - max(self.began, before)
+        return Step(self.step, loss, norm, self.lr, seconds, config.tokens_per_update / seconds), done
+
+
 def _update(
     config: TrainConfig, model: GPT2, optimizer: AdamW, data: evaluation.Batches, step: int, steps: int
-) -> Step:
+) -> _Update:
     """Update number `step`: gradients of the mean loss over all micro batches, clipped, applied."""
     began = time.perf_counter()
     _require_dtype(config, model)
     if config.overfit:
         data.reset()
-    count = config.micro_batches
     scale = 1.0 / config.tokens_per_update
-    loss = 0.0
-    for micro in range(count):
-        tokens, targets = data.next()
-        mean = model.forward(tokens, targets, scale=scale, accumulate=micro > 0)
-        _require_finite(mean, "loss", step, "the update was not applied")
-        model.backward(tokens, accumulate=micro > 0)
-        loss += mean / count
-    assert model.grads is not None
-    norm = model.ops.global_norm(model.grads.flat)
-    _require_finite(norm, "gradient norm", step, "the update was not applied")
+    for micro in range(config.micro_batches):
+        model.gradients(*data.next(), scale=scale, accumulate=micro > 0)
     lr = schedule.learning_rate(
         step, kind=config.schedule, lr=config.lr, warmup=config.warmup, steps=steps,
         final_fraction=config.final_lr_fraction,
     )  # fmt: skip
-    clipped = 0 < config.grad_clip < norm
-    optimizer.step(lr, config.grad_clip / norm if clipped else 1.0)
-    seconds = time.perf_counter() - began
-    return Step(step, loss, norm, lr, seconds, config.tokens_per_update / seconds)
+    optimizer.step(lr)
+    return _Update(step, lr, began, model.ops.fetch(model.total), model.ops.fetch(optimizer.norm))
 
 
 def _require_dtype(config: TrainConfig, model: GPT2) -> None:
@@ -341,28 +378,35 @@ def memory_plan(config: TrainConfig, profile: bool = False) -> memory.Plan:
     as they show by then.
     """
     _check_inputs(config)
-    return _plan(config, loading.read_config(config.init), _backend(config), profile=profile)
+    ops = _backend(config)
+    return _plan(config, loading.read_config(config.init), ops, ops.info()["storage"], profile)
+
+
+def memory_of(config: TrainConfig) -> memory.Machine:
+    """The memory that a run will be in: the GPU's, or this machine's."""
+    return memory.device(_backend(config))
 
 
 def require_memory(config: TrainConfig, model: GPT2 | None = None, profile: bool = False) -> None:
     """ConfigError, saying what would fit, where this machine has less memory available than `train` will take with
     the same arguments."""
     if model is None:
-        ops, shape, dtype, held = _backend(config), loading.read_config(config.init), "float32", 0
+        ops, shape, held = _backend(config), loading.read_config(config.init), 0
+        dtype = ops.info()["storage"]
     else:
         ops, shape, dtype = model.ops, model.config, model.dtype
-        held = model.nbytes + sum(ops.workspace_nbytes(**gpt2.workspace(shape, dtype)).values())
+        held = model.nbytes + sum(ops.workspace_nbytes(**gpt2.workspace(shape, 1, 1)).values())
 
     def make(B: int, recompute: str) -> memory.Plan:
         smaller = replace(config, batch_size=B, recompute=recompute, total_batch=0)
         return _plan(smaller, shape, ops, dtype, profile)
 
     sequences = config.total_batch // config.sequence_length
-    memory.require(make, config.batch_size, config.recompute, memory.machine(), sequences=sequences, held=held)
+    memory.require(make, config.batch_size, config.recompute, memory.device(ops), sequences=sequences, held=held)
 
 
 def _plan(
-    config: TrainConfig, shape: gpt2.Config, ops: contract.Ops, dtype: str = "float32", profile: bool = False
+    config: TrainConfig, shape: gpt2.Config, ops: contract.Ops, dtype: str, profile: bool = False
 ) -> memory.Plan:
     B, T = config.batch_size, config.sequence_length
     if config.train_data:
@@ -371,7 +415,7 @@ def _plan(
         batch, order = Stories.nbytes(B, T)
     samples = config.sample_every > 0 and not 0 <= config.steps < config.sample_every
     return memory.plan(
-        shape, ops, B, T, dtype=dtype, recompute=config.recompute,
+        shape, ops, B, T, dtype=dtype, masters=config.masters, recompute=config.recompute,
         sample_length=config.sample_length if samples else 0,
         data=2 * batch + order,  # one batch is still held while the next is read
         profile=profiling.memory_nbytes(ops) if profile else 0,
@@ -380,7 +424,8 @@ def _plan(
 
 def _backend(config: TrainConfig) -> contract.Ops:
     return contract.load(
-        config.device, isa=config.isa or None, threads=config.threads or None, dtype=config.dtype
+        config.device, isa=config.isa or None, threads=config.threads or None, dtype=config.dtype,
+        gemm=config.gemm or None, attention=config.attention or None,
     )  # fmt: skip
 
 

@@ -12,6 +12,11 @@ and large logits, as trained models have).
 * llm.c's published losses: 1e-4.  They have six decimals, and the library and hardware that gave them are
   unknown.
 
+A GPU may compute in coarser types.  tf32 and bf16 round operands of products by up to 2^-12 and 2^-9, and on a GPU bf16
+rounds every result that is stored.  GPT-2 124M with the operands of its products alone in bf16 (the CPU's way) is off
+by up to 9.6e-3 of a gradient tensor's norm; the limits for bf16 leave five times as much for what is stored, and those
+for tf32 are an eighth of them, as its unit is.
+
 What losses cannot show: at the usual learning rate of 1e-4, weight decay left out moves ten losses by 2e-6
 alone.  A reference made with a larger rate and decay shows it (`llmc reference --lr --weight-decay`).
 """
@@ -36,10 +41,24 @@ from llmc.errors import ConfigError, FileFormatError
 from llmc.gpt2 import GPT2, PRESETS
 from llmc.ops import Ops
 
-LOGITS = 5e-6
-GRADIENT = 5e-6
 LOSSES = {"random": 2e-6, "perturbed": 5e-5, "trained": 5e-5}
-PUBLISHED = 1e-4
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The largest errors that pass; losses by what was trained."""
+
+    logits: float
+    gradient: float
+    losses: dict[str, float]
+    published: float
+
+
+LIMITS = {
+    "fp32": Limits(5e-6, 5e-6, LOSSES, 1e-4),
+    "tf32": Limits(5e-3, 6e-3, dict.fromkeys(LOSSES, 2e-3), 2e-3),
+    "bf16": Limits(4e-2, 5e-2, dict.fromkeys(LOSSES, 1.5e-2), 1.5e-2),
+}
 CHUNK = 1 << 22
 
 DECAY_ON = ("2d", "all")
@@ -173,7 +192,8 @@ def print_report(report: Report, file: TextIO | None = None) -> None:
 
 def verify(
     model_bin: PathLike, debug_bin: PathLike, *, json: PathLike | None = None, device: str = "cpu",
-    isa: str | None = None, threads: int | None = None, ops: Ops | None = None,
+    isa: str | None = None, threads: int | None = None, dtype: str | None = None, gemm: str | None = None,
+    attention: str | None = None, ops: Ops | None = None,
 ) -> Report:
     """Compare llmc with the reference whose weights and results are in two files.
 
@@ -182,15 +202,17 @@ def verify(
     largest |logit|; the loss, relative; every gradient tensor, ||g - g_ref|| / ||g_ref||; and the loss
     before each of ten AdamW updates, relative.  The updates follow `json`, by default the file beside the
     debug state with the suffix .json; where there is none and the model is the real GPT-2 124M, llm.c's
-    published losses; else they are left out, and a note says so.
+    published losses; else they are left out, and a note says so.  The limits are those of `dtype`.
 
     The key bias has no gradient but rounding, so tensors are compared whole.  Raises FileFormatError and
     ConfigError for files that cannot be used.
     """
     path = Path(json) if json is not None else Path(debug_bin).with_suffix(".json")
     recipe = read_recipe(path) if json is not None or path.exists() else None
-    model = loading.load(model_bin, device=device, isa=isa, threads=threads, ops=ops)
-    config, report = model.config, Report()
+    model = loading.load(
+        model_bin, device=device, isa=isa, threads=threads, dtype=dtype, gemm=gemm, attention=attention, ops=ops
+    )  # fmt: skip
+    config, report, limits = model.config, Report(), LIMITS[model.ops.info()["dtype"]]
     if os.path.isfile(model_bin):
         version, _ = checkpoint.read_model_header(model_bin, loading.rows_for)
         if version == 5:
@@ -201,15 +223,15 @@ def verify(
         raise FileFormatError(debug_bin, "T", f"{T} exceeds the model's {config.max_seq_len} positions")
     model.prepare(B, T)
 
-    report.checks.append(_compare_logits(model.logits(state.x), state.logits))
+    report.checks.append(_compare_logits(model.logits(state.x), state.logits, limits.logits))
     loss = model.forward(state.x, state.y)
-    model.backward(state.x)
-    limit = LOSSES[recipe.weights if recipe else "trained"]
+    model.backward()
+    limit = limits.losses[recipe.weights if recipe else "trained"]
     report.checks.append(_compare_losses("loss", loss, state.loss, limit))
-    report.checks += _compare_gradients(model, state)
+    report.checks += _compare_gradients(model, state, limits.gradient)
 
     if recipe is None and config == PRESETS["gpt2"] and abs(state.loss - LLMC_124M.losses[0]) < 1e-4:
-        recipe, limit = LLMC_124M, PUBLISHED
+        recipe, limit = LLMC_124M, limits.published
         report.notes.append(f"No {path.name}: this is GPT-2 124M, compared with llm.c's published losses.")
     if recipe is None:
         report.notes.append(f"No {path.name}: the optimizer was not compared.")
@@ -226,14 +248,14 @@ def _train(model: GPT2, state: checkpoint.DebugState, recipe: Recipe, loss: floa
         raise RuntimeError("the model has no gradients yet")
     rows = decaying(model.params.table, recipe.decay_on)
     optimizer = AdamW(
-        rows, model.params, model.grads, model.ops, beta1=recipe.beta1, beta2=recipe.beta2, eps=recipe.eps,
-        weight_decay=recipe.weight_decay,
+        rows, model.params, model.grads, model.ops, weights=model.weights, beta1=recipe.beta1, beta2=recipe.beta2,
+        eps=recipe.eps, weight_decay=recipe.weight_decay,
     )  # fmt: skip
     yield loss
     for _ in recipe.losses[1:]:
         optimizer.step(recipe.lr)
         loss = model.forward(state.x, state.y)
-        model.backward(state.x)
+        model.backward()
         yield loss
 
 
@@ -243,27 +265,27 @@ def _compare_losses(name: str, ours: float, reference: float, limit: float) -> C
     return Check(name, error, limit, "relative", ours, reference)
 
 
-def _compare_logits(ours: Array, reference: Array) -> Check:
+def _compare_logits(ours: Array, reference: Array, limit: float) -> Check:
     largest = difference = 0.0
     for a, b in _chunks(ours, reference):
         # np.maximum, unlike max, keeps a NaN.
         largest = float(np.maximum(largest, np.abs(b).max()))
         with np.errstate(invalid="ignore"):  # inf - inf is a NaN, which fails
             difference = float(np.maximum(difference, np.abs(a - b).max()))
-    return Check("logits", _ratio(difference, largest), LOGITS, "largest difference / largest |logit|")
+    return Check("logits", _ratio(difference, largest), limit, "largest difference / largest |logit|")
 
 
-def _compare_gradients(model: GPT2, state: checkpoint.DebugState) -> Iterator[Check]:
+def _compare_gradients(model: GPT2, state: checkpoint.DebugState, limit: float) -> Iterator[Check]:
     if model.grads is None:
         raise RuntimeError("the model has no gradients yet")
     for row, reference in state.gradients():
         difference = norm = 0.0
-        for a, b in _chunks(model.grads[row.name], reference):
+        for a, b in _chunks(model.ops.fetch(model.grads[row.name])(), reference):
             with np.errstate(invalid="ignore"):
                 difference += float(np.square(a - b).sum())
             norm += float(np.square(b).sum())
         error = _ratio(math.sqrt(difference), math.sqrt(norm))
-        yield Check(f"d {row.name}", error, GRADIENT, "norm of the difference / norm")
+        yield Check(f"d {row.name}", error, limit, "norm of the difference / norm")
 
 
 def _ratio(difference: float, size: float) -> float:

@@ -39,8 +39,12 @@ def start() -> dict[str, Array]:
     return {row.name: random.standard_normal(row.full_shape).astype(np.float32) for row in ROWS}
 
 
+def norm_of(step: dict[str, Array]) -> float:
+    return float(np.sqrt(sum(np.square(g.astype(np.float64)).sum() for g in step.values())))
+
+
 def expected(
-    beta1: float, beta2: float, eps: float, weight_decay: float, decay_on: str = "2d", scale: float = 1.0
+    beta1: float, beta2: float, eps: float, weight_decay: float, decay_on: str = "2d", grad_clip: float = 0.0
 ) -> dict[str, Array]:
     """The update of Loshchilov & Hutter (2019) in float64, written out."""
     out = {}
@@ -49,6 +53,7 @@ def expected(
         m, v = np.zeros_like(w), np.zeros_like(w)
         decay = weight_decay if decay_on == "all" or (decay_on == "2d" and len(row.shape) == 2) else 0.0
         for t, step in enumerate(updates(), start=1):
+            scale = min(1.0, grad_clip / norm_of(step)) if grad_clip else 1.0
             g = scale * step[row.name].astype(np.float64)
             m = beta1 * m + (1 - beta1) * g
             v = beta2 * v + (1 - beta2) * g * g
@@ -57,17 +62,18 @@ def expected(
     return out
 
 
-def actual(ops: ModuleType, scale: float = 1.0) -> dict[str, Array]:
+def actual(ops: ModuleType, grad_clip: float = 0.0) -> dict[str, Array]:
     params, grads = Arena(ROWS, ops.empty), Arena(ROWS, ops.empty)
     for name, value in start().items():
         params[name][...] = value
-    optimizer = AdamW(ROWS, params, grads, ops, **RIGHT)
+    optimizer = AdamW(ROWS, params, grads, ops, grad_clip=grad_clip, **RIGHT)
     for step in updates():
         for name, value in step.items():
             grads[name][...] = value
-        optimizer.step(LR, scale)
+        optimizer.step(LR)
+        assert float(np.asarray(optimizer.norm)[0]) == pytest.approx(norm_of(step), rel=1e-6)
     assert optimizer.t == STEPS
-    return {row.name: tensor for row, tensor in params}
+    return {row.name: np.asarray(tensor) for row, tensor in params}
 
 
 def distance(a: dict[str, Array], b: dict[str, Array]) -> float:
@@ -82,9 +88,30 @@ def test_against_float64(ops: ModuleType) -> None:
     assert distance(actual(ops), expected(**RIGHT)) < TOLERANCE
 
 
-def test_scale_multiplies_the_gradient(ops: ModuleType) -> None:
-    assert distance(actual(ops, scale=0.125), expected(**RIGHT, scale=0.125)) < TOLERANCE
-    assert distance(actual(ops, scale=0.125), expected(**RIGHT)) > 100 * TOLERANCE
+@pytest.mark.parametrize(("grad_clip", "clips"), [(0.01, True), (1e9, False)])
+def test_clipping(ops: ModuleType, grad_clip: float, clips: bool) -> None:
+    found = actual(ops, grad_clip)
+    assert distance(found, expected(**RIGHT, grad_clip=grad_clip)) < TOLERANCE
+    assert (distance(found, expected(**RIGHT)) > 100 * TOLERANCE) == clips
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("where", ["norm", "loss"])
+def test_nothing_is_applied_that_is_not_finite(ops: ModuleType, where: str, bad: float) -> None:
+    params, grads, loss = Arena(ROWS, ops.empty), Arena(ROWS, ops.empty), ops.empty((1,), "float64")
+    for name, value in start().items():
+        params[name][...] = value
+    optimizer = AdamW(ROWS, params, grads, ops, loss=loss, grad_clip=1.0, **RIGHT)
+    for name, value in updates()[0].items():
+        grads[name][...] = value
+    target = loss if where == "loss" else grads.vector
+    target[:1] = bad
+    optimizer.step(LR)
+    for name, value in start().items():
+        np.testing.assert_array_equal(params[name], value)
+    target[:1] = 1.0
+    optimizer.step(LR)
+    assert distance({row.name: np.asarray(tensor) for row, tensor in params}, start()) > LR / 10
 
 
 @pytest.mark.parametrize(

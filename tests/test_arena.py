@@ -61,7 +61,8 @@ def test_sizes() -> None:
     assert Row("x", (3,), "uint16", 2).nbytes == 12
     # 2^33 elements: sizes do not wrap at 32 bits
     assert Row("big", (1 << 16, 1 << 17)).nbytes == 1 << 35
-    assert table_nbytes([Row("a", (1,)), Row("b", (16,)), Row("c", (17,))]) == 64 + 64 + 128
+    assert table_nbytes([Row("a", (1,)), Row("b", (64,)), Row("c", (65,))]) == 4 * (64 + 64 + 128)
+    assert table_nbytes([Row("a", (1,), "float64"), Row("b", (65,), "uint8")]) == 8 * 64 + 128
     assert table_nbytes([]) == 0
 
 

@@ -188,7 +188,7 @@ def test_gradients(ops_bf16: ModuleType, state: str) -> None:
     losses = []
     for each in (model, judge):
         losses.append(each.forward(x, y))
-        each.backward(x)
+        each.backward()
     assert abs(losses[0] - losses[1]) < 2e-2 * losses[1]
     worst = {name: norm_ratio(gradient, gradients(judge)[name]) for name, gradient in gradients(model).items()}
     assert max(worst.values()) < 2e-2, worst
@@ -210,14 +210,13 @@ def test_training_keeps_up_with_fp32(cpu: ModuleType) -> None:
         model.initialise(seed=3)
         model.prepare(8, 64)
         assert model.grads is not None
-        optimizer = AdamW(model.params.table, model.params, model.grads, cpu, beta2=0.95, weight_decay=0.1)
+        optimizer = AdamW(model.params.table, model.params, model.grads, cpu, beta2=0.95, weight_decay=0.1, grad_clip=1.0)
         data, losses = Stories(8, 64, seed=1, split="train"), []
         for step in range(400):
             x, y = data.next()
             losses.append(model.forward(x, y))
-            model.backward(x)
-            norm = cpu.global_norm(model.grads.flat)
-            optimizer.step(3e-4 * min(1.0, (step + 1) / 40), min(1.0, 1.0 / norm))
+            model.backward()
+            optimizer.step(3e-4 * min(1.0, (step + 1) / 40))
         means[dtype] = float(np.mean(losses[-50:]))
     assert means["fp32"] < 1.5, "it learns"
     assert means["bf16"] != means["fp32"]

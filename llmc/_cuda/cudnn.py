@@ -1,0 +1,226 @@
+"""Attention by cuDNN, where its Python frontend is installed: the optional fast path of bfloat16.
+
+    S = q k^T / sqrt(D), causal;  lse = log sum exp S;  out = exp(S - lse) v
+
+A plan is a graph of one node (`sdpa` or `sdpa_backward`) for one shape, with the scratch that cuDNN asks for.  It is
+made at the first call of its shape, which is why `graphs.record` calls a function before it captures it: making one
+allocates, and cuDNN may load code.  Queries, keys and values are views of qkv: (B,H,T,D) with the strides of
+(B,T,3,H,D); nothing is transposed.  The backward pass is asked to be deterministic.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+from llmc._cuda import device
+from llmc.errors import DeviceError
+
+OLDEST = 90000  # cuDNN 9.0: the first whose attention takes strided views in both passes
+Q, K, V, OUT, LSE, DOUT, DQ, DK, DV = range(1, 10)  # of the tensors in a graph
+
+_handles: dict[int, Any] = {}  # by stream
+_plans: dict[tuple[Any, ...], _Plan] = {}
+
+
+@functools.cache
+def available() -> str | None:
+    """The versions of cuDNN and its frontend; None where either is missing or cannot be used.  Asks no device."""
+    try:
+        if find_spec("cudnn") is None:
+            return None
+        import cudnn
+
+        number = cudnn.backend_version()  # of the library, which is looked for when the module is imported
+        if number < OLDEST:
+            return None
+        try:
+            frontend = version("nvidia-cudnn-frontend")
+        except PackageNotFoundError:
+            frontend = str(cudnn.__version__)
+    except Exception:  # whatever goes wrong in an import of somebody else's, there is attention without it
+        return None
+    return f"{number // 10000}.{number // 100 % 100}.{number % 100}, frontend {frontend}"
+
+
+def forward(out: Any, lse: Any, qkv: Any) -> None:
+    """`ops.attention_forward` with out (B,T,C), qkv (B,T,3C) bfloat16 and lse (B,H,T) float32.
+
+    DeviceError, with cuDNN's own words, for what it does not support: head sizes that are no multiple of 8, or large.
+    """
+    shape = _shape(lse, qkv)
+    if 0 in shape:
+        return
+    q, k, v = _thirds(qkv)
+    with _reported(shape):
+        _run(_plan("forward", shape, _build_forward), {Q: q, K: k, V: v, OUT: out.ptr, LSE: lse.ptr})
+
+
+def backward(dqkv: Any, dout: Any, qkv: Any, out: Any, lse: Any) -> None:
+    """`ops.attention_backward`; types and errors as in `forward`.  dqkv shares its memory with no other."""
+    shape = _shape(lse, qkv)
+    if 0 in shape:
+        return
+    q, k, v = _thirds(qkv)
+    dq, dk, dv = _thirds(dqkv)
+    with _reported(shape):
+        _run(
+            _plan("backward", shape, _build_backward),
+            {Q: q, K: k, V: v, OUT: out.ptr, LSE: lse.ptr, DOUT: dout.ptr, DQ: dq, DK: dk, DV: dv},
+        )
+
+
+class _Shape(NamedTuple):
+    B: int
+    H: int
+    T: int
+    D: int
+
+
+class _Plan(NamedTuple):
+    graph: Any
+    scratch: Any  # a DeviceArray, or None
+
+
+def _shape(lse: Any, qkv: Any) -> _Shape:
+    if qkv.dtype.name != "bfloat16":
+        raise TypeError(f"qkv: cuDNN's attention takes bfloat16, got {qkv.dtype.name}")
+    B, H, T = lse.shape
+    return _Shape(B, H, T, qkv.shape[-1] // 3 // max(1, H))
+
+
+def _thirds(qkv: Any) -> tuple[int, int, int]:
+    """Where the first query, key and value lie."""
+    step = qkv.shape[-1] // 3 * qkv.itemsize
+    return qkv.ptr, qkv.ptr + step, qkv.ptr + 2 * step
+
+
+@contextmanager
+def _reported(shape: _Shape) -> Iterator[None]:
+    try:
+        yield
+    except DeviceError:
+        raise
+    except Exception as error:  # its own types, and RuntimeError, ValueError of the binding
+        B, H, T, D = shape
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise DeviceError(
+            f"cuDNN's attention, B={B} T={T}, {H} heads of {D}: {said} (--attention own does without it)"
+        ) from error
+
+
+# ---- plans -----------------------------------------------------------------------------------------
+
+
+def _handle() -> Any:
+    """cuDNN's handle for the stream that ops run on."""
+    import cudnn
+
+    stream = int(device.stream().handle)
+    if stream not in _handles:
+        made = cudnn.create_handle()
+        cudnn.set_stream(handle=made, stream=stream)
+        _handles[stream] = made
+    return _handles[stream]
+
+
+def _plan(name: str, shape: _Shape, build: Callable[[Any, _Shape], Any]) -> _Plan:
+    handle = _handle()
+    key = (name, shape, int(device.stream().handle))
+    if key not in _plans:
+        import cudnn
+
+        graph = build(handle, shape)
+        graph.validate()
+        graph.build_operation_graph()
+        graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
+        graph.check_support()
+        graph.build_plans()
+        nbytes = graph.get_workspace_size()
+        _plans[key] = _Plan(graph, device.empty((nbytes,), "uint8") if nbytes else None)
+    return _plans[key]
+
+
+def _run(plan: _Plan, pointers: dict[int, int]) -> None:
+    plan.graph.execute(pointers, plan.scratch.ptr if plan.scratch is not None else 0, handle=_handle())
+
+
+def _graph(handle: Any) -> Any:
+    import cudnn
+
+    return cudnn.pygraph(
+        io_data_type=cudnn.data_type.BFLOAT16, intermediate_data_type=cudnn.data_type.FLOAT,
+        compute_data_type=cudnn.data_type.FLOAT, handle=handle,
+    )  # fmt: skip
+
+
+def _dims(shape: _Shape) -> list[int]:
+    return list(shape)
+
+
+def _packed(shape: _Shape) -> list[int]:
+    """Strides of a third of (B,T,3,H,D), seen as (B,H,T,D)."""
+    _, H, T, D = shape
+    return [3 * T * H * D, D, 3 * H * D, 1]
+
+
+def _plain(shape: _Shape) -> list[int]:
+    """Strides of (B,T,H,D), seen as (B,H,T,D)."""
+    _, H, T, D = shape
+    return [T * H * D, D, H * D, 1]
+
+
+def _rows(shape: _Shape) -> tuple[list[int], list[int]]:
+    """Sizes and strides of lse, as cuDNN sees it."""
+    B, H, T, _ = shape
+    return [B, H, T, 1], [H * T, T, 1, 1]
+
+
+def _attention(shape: _Shape) -> dict[str, Any]:
+    """What both passes are told: nothing right of the diagonal takes part."""
+    import cudnn
+
+    return {
+        "attn_scale": 1.0 / math.sqrt(shape.D), "diagonal_alignment": cudnn.diagonal_alignment.TOP_LEFT,
+        "diagonal_band_right_bound": 0,
+    }  # fmt: skip
+
+
+def _build_forward(handle: Any, shape: _Shape) -> Any:
+    import cudnn
+
+    graph = _graph(handle)
+    q, k, v = (
+        graph.tensor(name=name, dim=_dims(shape), stride=_packed(shape), uid=uid)
+        for name, uid in (("q", Q), ("k", K), ("v", V))
+    )
+    out, lse = graph.sdpa(q=q, k=k, v=v, generate_stats=True, **_attention(shape))
+    out.set_output(True).set_uid(OUT).set_dim(_dims(shape)).set_stride(_plain(shape))
+    sizes, strides = _rows(shape)
+    lse.set_output(True).set_uid(LSE).set_dim(sizes).set_stride(strides).set_data_type(cudnn.data_type.FLOAT)
+    return graph
+
+
+def _build_backward(handle: Any, shape: _Shape) -> Any:
+    import cudnn
+
+    graph = _graph(handle)
+    q, k, v, out, dout = (
+        graph.tensor(name=name, dim=_dims(shape), stride=strides(shape), uid=uid)
+        for name, uid, strides in (
+            ("q", Q, _packed), ("k", K, _packed), ("v", V, _packed), ("out", OUT, _plain), ("dout", DOUT, _plain),
+        )
+    )  # fmt: skip
+    sizes, strides = _rows(shape)
+    lse = graph.tensor(name="lse", dim=sizes, stride=strides, uid=LSE, data_type=cudnn.data_type.FLOAT)
+    gradients = graph.sdpa_backward(
+        q=q, k=k, v=v, o=out, dO=dout, stats=lse, use_deterministic_algorithm=True, **_attention(shape)
+    )
+    for tensor, uid in zip(gradients, (DQ, DK, DV), strict=True):
+        tensor.set_output(True).set_uid(uid).set_dim(_dims(shape)).set_stride(_packed(shape))
+    return graph
