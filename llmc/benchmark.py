@@ -23,7 +23,7 @@ from llmc.adamw import AdamW
 from llmc.arena import Array
 from llmc.costs import Cost
 from llmc.errors import ConfigError, LlmcError
-from llmc.gpt2 import LAYERNORM_EPS, Config, preset
+from llmc.gpt2 import LAYERNORM_EPS, Config, preset, workspace
 from llmc.ops import DTYPES
 from llmc.profiling import PEAK_SECONDS, REGISTERS, ceiling, measure, stream_memory
 
@@ -97,12 +97,14 @@ def _backend(isa: str | None, threads: int | None, dtype: str) -> Any:
 
 @contextmanager
 def _checked(settings: Settings) -> Iterator[Any]:
-    """The backend, once every instruction set asked for has turned out to be there; set back afterwards."""
+    """The backend, once every instruction set and type asked for has turned out to be there; set back afterwards."""
     backend = _backend(None, settings.threads, "fp32")
     before = backend.info()
     try:
         for isa in settings.isas:
             _backend(isa, settings.threads, "fp32")
+        for dtype in settings.dtypes:
+            _backend(None, settings.threads, dtype)
         yield backend
     finally:
         _backend(before["isa"], before["threads"], before["dtype"])
@@ -160,12 +162,23 @@ def cases(backend: Any, config: Config, B: int, T: int, dtype: str) -> Iterator[
         np.multiply(out, np.float32(scale), out=out)
         return out
 
+    def blank(*shape: int) -> Array:
+        out: Array = backend.empty(shape, "float32")
+        return out
+
+    def number(*values: float) -> Array:
+        out: Array = backend.empty((len(values),), "float64")
+        out[...] = values
+        return out
+
     def case(op: str, size: str, *args: Any) -> Case:
         cost = costs.cost(op, dict(zip(costs.PARAMETERS[op], args, strict=True)))
         return Case(op, size, dtype, cost, _bound(getattr(backend, op), *args))
 
     def ids() -> Array:
-        return random.integers(V, size=(B, T)).astype(np.int32)
+        out: Array = backend.empty((B, T), "int32")
+        out[...] = random.integers(V, size=(B, T))
+        return out
 
     def products(name: str) -> Iterator[Case]:
         K, N = layers[name]
@@ -189,12 +202,13 @@ def cases(backend: Any, config: Config, B: int, T: int, dtype: str) -> Iterator[
         yield case("embedding_backward", tokens, dwte, dwpe, dout, i, False)
 
     def rows() -> Iterator[Case]:
-        x, dx, dout = new(B, T, C), new(B, T, C), new(B, T, C)
+        x, dx, dout, total = new(B, T, C), new(B, T, C), new(B, T, C), new(B, T, C)
         w, b, dw, db = new(C), new(C), new(C), new(C)
-        mean, rstd = np.zeros((B, T), np.float32), np.ones((B, T), np.float32)
+        mean, rstd = blank(B, T), new(B, T)
         yield case("layernorm_forward", tokens, dx, mean, rstd, x, w, b, LAYERNORM_EPS)
         yield case("layernorm_backward", tokens, dx, dw, db, dout, x, mean, rstd, w, False)
-        yield case("residual_forward", tokens, dx, x, dx)  # in place, as the model does it
+        yield case("residual_forward", tokens, dx, x, dx)  # in place, as decoding does it
+        yield case("residual_layernorm_forward", tokens, total, dx, mean, rstd, x, total, w, b, LAYERNORM_EPS)
 
     def gelu() -> Iterator[Case]:
         pre, act, dact = new(B, T, 4 * C), new(B, T, 4 * C), new(B, T, 4 * C)
@@ -211,12 +225,12 @@ def cases(backend: Any, config: Config, B: int, T: int, dtype: str) -> Iterator[
     def linear_gelu() -> Iterator[Case]:
         x, pre, act, w, b = new(B, T, C), new(B, T, 4 * C), new(B, T, 4 * C), new(4 * C, C), new(4 * C)
         yield case("linear_gelu_forward", f"{C} -> {4 * C}, {B}x{T}", act, pre, x, w, b)
-        dx, dact, dw, db = new(B, T, C), new(B, T, 4 * C), new(4 * C, C), new(4 * C)
-        yield case("linear_gelu_backward", f"{C} -> {4 * C}, {B}x{T}", dx, dw, db, dact, act, pre, x, w, False)
+        back, dw, db = new(C, 4 * C), new(C, 4 * C), new(C)  # the layer that reads what GELU gives
+        yield case("gelu_linear_backward", f"{4 * C} -> {C}, {B}x{T}", act, dw, db, x, pre, act, back, False)
 
     def attention() -> Iterator[Case]:
         qkv, dqkv, out, dout = new(B, T, 3 * C), new(B, T, 3 * C), new(B, T, C), new(B, T, C)
-        lse = np.zeros((B, H, T), np.float32)
+        lse = blank(B, H, T)
         yield case("attention_forward", heads, out, lse, qkv)
         yield case("attention_backward", heads, dqkv, dout, qkv, out, lse)
 
@@ -225,21 +239,26 @@ def cases(backend: Any, config: Config, B: int, T: int, dtype: str) -> Iterator[
         yield case("attention_decode", f"1 token after {maxT - 1}", out, keys, values, qkv, H, maxT - 1)
 
     def head() -> Iterator[Case]:
-        losses, x, wte, i = np.zeros((B, T), np.float32), new(B, T, C), new(Vp, C, scale=0.02), ids()
+        losses, x, wte, i = blank(B, T), new(B, T, C), new(Vp, C, scale=0.02), ids()
         yield case("head_loss", f"{tokens}, loss alone", losses, None, None, x, wte, i, V, 1.0, False)
         dx, dwte = new(B, T, C), new(Vp, C)
         yield case("head_loss", f"{tokens}, with gradients", losses, dx, dwte, x, wte, i, V, 1.0 / (B * T), False)
-        logits, one = np.zeros((1, 1, V), np.float32), new(1, 1, C)
+        yield case("sum_losses", f"{B}x{T}", number(0.0), losses, 1.0 / (B * T), False)
+        logits, one = blank(1, 1, V), new(1, 1, C)
         yield case("head_logits", f"1x1x{C}, V={V}", logits, one, wte, V)
 
     def update() -> Iterator[Case]:
-        w, dw = new(Vp, C, scale=0.02), new(Vp, C)
-        m, v = backend.empty(w.shape, "float32"), backend.empty(w.shape, "float32")
-        yield case("global_norm", f"{Vp}x{C}", dw)
+        n = Vp * C
+        w, dw = new(n, scale=0.02), new(n)
+        m, v = blank(n), blank(n)
+        norm, scale, spans = number(0.0), number(1.0), ((0, n, RECIPE["weight_decay"]),)
+        yield case("global_norm", f"{Vp}x{C}", norm, dw)
+        yield case("clip_scale", "1", scale, norm, number(1.0), 1.0)
         yield case(
-            "adamw_step", f"{Vp}x{C}", w, m, v, dw, LEARNING_RATE, RECIPE["beta1"], RECIPE["beta2"], RECIPE["eps"],
-            RECIPE["weight_decay"], 10, 1.0,
+            "adamw_step", f"{Vp}x{C}", w, m, v, dw, None, number(LEARNING_RATE, 10.0), scale, spans, RECIPE["beta1"],
+            RECIPE["beta2"], RECIPE["eps"], 0,
         )  # fmt: skip
+        yield case("copy", f"{Vp}x{C}", m, w)
         yield case("zero", f"{Vp}x{C}", dw)
         yield case("normal", f"{Vp}x{C}", dw, 0, 0, 0.02)
 
@@ -287,7 +306,7 @@ def kernels(settings: Settings, progress: Progress = _silent) -> list[KernelRow]
         isas = settings.isas or backend.info()["isas"]
         distinct = settings.isas or tuple(isa for isa in isas if not _multiplies_pairs(isa, settings.threads))
         memory = stream_memory(backend)
-        backend.reserve(config.channels, config.vocab_size, config.padded_vocab_size * config.channels)
+        backend.reserve(**workspace(config, max(settings.batch_sizes), max(settings.sequence_lengths)))
         for dtype in settings.dtypes:
             for B in settings.batch_sizes:
                 for T in settings.sequence_lengths:
@@ -399,7 +418,7 @@ class Program:
         times = [time.perf_counter()]
         loss = self.model.forward(x, y)
         times.append(time.perf_counter())
-        self.model.backward(x)
+        self.model.backward()
         times.append(time.perf_counter())
         self.optimizer.step(LEARNING_RATE)
         times.append(time.perf_counter())

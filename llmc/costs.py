@@ -3,7 +3,7 @@
 A product of M x K and K x N counts 2 M N K, a linear layer's backward pass two such products.  Causal attention counts
 the T (T + 1) / 2 scores that are not masked, in two products forward and five backward.  Everything else that an op
 computes is not counted.  Bytes are those of every argument once for reading and once for writing, however often an op
-comes back to them; of a table, the rows in use.  A cache may spare an op even these, or cost it more.
+comes back to them; of a table, the rows in use; of an update, the spans.  A cache may spare an op even these, or cost it more.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
+from llmc.arena import Array
 from llmc.ops import Ops
 
 # What each op does to its array arguments: reads (r), writes (w), updates in place (u); overwrites, or updates if
 # `accumulate` (s).
 ROLES: dict[str, dict[str, str]] = {
     "zero": {"x": "w"},
+    "copy": {"out": "w", "x": "r"},
     "normal": {"out": "w"},
     "embedding_forward": {"out": "w", "tokens": "r", "wte": "r", "wpe": "r"},
     "embedding_backward": {"dwte": "u", "dwpe": "s", "dout": "r", "tokens": "r"},
@@ -28,12 +28,13 @@ ROLES: dict[str, dict[str, str]] = {
     "layernorm_backward": {
         "dx": "u", "dw": "s", "db": "s", "dout": "r", "x": "r", "mean": "r", "rstd": "r", "w": "r",
     },
+    "residual_layernorm_forward": {
+        "total": "w", "out": "w", "mean": "w", "rstd": "w", "x": "r", "branch": "r", "w": "r", "b": "r",
+    },
     "linear_forward": {"out": "w", "x": "r", "w": "r", "b": "r"},
     "linear_backward": {"dx": "w", "dw": "s", "db": "s", "dout": "r", "x": "r", "w": "r"},
     "linear_gelu_forward": {"out": "w", "pre": "w", "x": "r", "w": "r", "b": "r"},
-    "linear_gelu_backward": {
-        "dx": "w", "dw": "s", "db": "s", "dpre": "w", "dout": "r", "pre": "r", "x": "r", "w": "r",
-    },
+    "gelu_linear_backward": {"dpre": "w", "dw": "s", "db": "s", "dout": "r", "pre": "r", "x": "r", "w": "r"},
     "gelu_forward": {"out": "w", "x": "r"},
     "gelu_backward": {"dx": "w", "dout": "r", "x": "r"},
     "residual_forward": {"out": "w", "x": "r", "branch": "r"},
@@ -42,8 +43,10 @@ ROLES: dict[str, dict[str, str]] = {
     "attention_decode": {"out": "w", "keys": "r", "values": "r", "qkv": "r"},
     "head_loss": {"losses": "w", "dx": "w", "dw": "s", "x": "r", "w": "r", "targets": "r"},
     "head_logits": {"logits": "w", "x": "r", "w": "r"},
-    "global_norm": {"x": "r"},
-    "adamw_step": {"w": "u", "m": "u", "v": "u", "dw": "r"},
+    "sum_losses": {"total": "s", "losses": "r"},
+    "global_norm": {"norm": "w", "x": "r"},
+    "clip_scale": {"scale": "w", "norm": "r", "loss": "r"},
+    "adamw_step": {"w": "u", "m": "u", "v": "u", "dw": "r", "copy": "w", "hyper": "r", "scale": "r"},
 }  # fmt: skip
 
 PARAMETERS = {op: tuple(inspect.signature(getattr(Ops, op)).parameters)[1:] for op in ROLES}
@@ -107,7 +110,7 @@ FLOPS: dict[str, Callable[[Arguments], float]] = {
     "linear_forward": _linear,
     "linear_backward": lambda a: 2 * _linear(a),
     "linear_gelu_forward": _linear,
-    "linear_gelu_backward": lambda a: 2 * _linear(a),
+    "gelu_linear_backward": lambda a: 2 * _linear(a),
     "attention_forward": lambda a: 2 * _scores(a),
     "attention_backward": lambda a: 5 * _scores(a),
     "attention_decode": _decode,
@@ -127,10 +130,18 @@ def _nbytes(op: str, name: str, a: Arguments) -> float:
         return a["tokens"].shape[1] * value.shape[1] * value.itemsize
     if name == "w" and "V" in a:
         return a["V"] * value.shape[1] * value.itemsize
+    if "spans" in a and name not in ("hyper", "scale"):
+        return sum(stop - start for start, stop, _ in a["spans"]) * value.itemsize
     if name in ("keys", "values"):
         B, _, C = a["out"].shape
         return B * a["position"] * C * value.itemsize
     return float(value.nbytes)
+
+
+def _overlap(a: Array, b: Array) -> bool:
+    """Whether two arrays share memory, wherever it is."""
+    begin, other = (array.ptr if hasattr(array, "ptr") else array.ctypes.data for array in (a, b))
+    return bool(begin < other + b.nbytes and other < begin + a.nbytes)
 
 
 def cost(op: str, arguments: Arguments) -> Cost:
@@ -147,7 +158,7 @@ def cost(op: str, arguments: Arguments) -> Cost:
         if role != "w" or name not in given:
             continue
         for other in [o for o, r in given.items() if r == "r"]:
-            if np.may_share_memory(arguments[name], arguments[other]):
+            if _overlap(arguments[name], arguments[other]):
                 given[name] = "u"
                 del given[other]
     if op == "attention_decode":  # the new tokens' keys and values go to the cache
@@ -165,7 +176,7 @@ def cost(op: str, arguments: Arguments) -> Cost:
 
 def shape(op: str, arguments: Arguments) -> str:
     """The size by which calls of one op differ: K -> N of a layer, else ""."""
-    if op.startswith("linear"):
+    if "linear" in op:
         N, K = arguments["w"].shape
         return f"{K} -> {N}"
     return ""

@@ -5,13 +5,13 @@
         ...
     print(ops.report())
 
-The results are the backend's own, to the bit: `Profiled` passes arguments through and looks at the clock.
+The results are the backend's own, to the bit: `Profiled` passes arguments through and sets stamps between the ops.
+Seconds are the device's.
 """
 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,9 +23,13 @@ from llmc.costs import PARAMETERS, Cost
 from llmc.ops import Ops
 
 PARTS = ("forward", "head (forward and backward)", "backward", "update")
-PART_OF = {"head_loss": PARTS[1], "zero": PARTS[2], "global_norm": PARTS[3], "adamw_step": PARTS[3]}
-DECISIVE = {"V", "H", "position", "accumulate"}  # beside shapes, what a call's cost depends on
+PART_OF = {
+    "head_loss": PARTS[1], "sum_losses": PARTS[1], "zero": PARTS[2], "global_norm": PARTS[3], "clip_scale": PARTS[3],
+    "adamw_step": PARTS[3], "copy": PARTS[3],
+}  # fmt: skip
+DECISIVE = {"V", "H", "position", "accumulate", "spans"}  # beside shapes, what a call's cost depends on
 
+RESOLUTION = 1e-9  # seconds; an op that launches nothing may take 0 by a device's clock
 ROUNDS = 5  # times that the ceilings are measured in a run, about
 PEAK_SECONDS = 0.01  # per ceiling and time
 SMALLEST, LARGEST = 1 << 12, 1 << 27  # bytes of a stream; 128 MiB are beyond the caches, and more run no slower
@@ -116,6 +120,7 @@ class Profiled:
         self._every = max(1, -(-steps // ROUNDS))
         self._on = False
         self._steps: list[float] = []
+        self._stamps: list[tuple[_Calls, Any, Any]] = []  # of the step that is on: elapsed() would wait
         self._calls: dict[tuple[Any, ...], _Calls] = {}
         self._first: dict[tuple[Any, ...], _Calls] = {}
         self._ceilings: dict[Ceiling, list[float]] = {}
@@ -125,25 +130,28 @@ class Profiled:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_ops"], name)
 
+    def record(self, function: Callable[[], None]) -> Callable[[], None]:
+        """`function` itself, so that every op in it is called, and seen."""
+        return function
+
     def _timed(self, op: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        names, clock = PARAMETERS[op], time.perf_counter
+        names, stamp = PARAMETERS[op], self._ops.stamp
         deciding = [i for i, name in enumerate(names) if name in costs.ROLES[op] or name in DECISIVE]
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if not self._on:
                 return function(*args, **kwargs)
-            began = clock()
+            began = stamp()
             result = function(*args, **kwargs)
-            elapsed = clock() - began
+            ended = stamp()
             if kwargs:
                 args += tuple(kwargs[name] for name in names[len(args) :])
-            key = (op, *[getattr(args[i], "shape", args[i]) for i in deciding])
+            key = (op, *[_key(args[i]) for i in deciding])
             calls = self._calls.get(key)
             if calls is None:
                 given = dict(zip(names, args, strict=True))
                 calls = self._calls[key] = _Calls(op, costs.shape(op, given), costs.cost(op, given))
-            calls.count += 1
-            calls.seconds += elapsed
+            self._stamps.append((calls, began, ended))
             return result
 
         return call
@@ -151,13 +159,17 @@ class Profiled:
     @contextmanager
     def step(self) -> Iterator[None]:
         """One step: what is called within is counted.  Afterwards, now and then, the ceilings are measured."""
-        self._on = True
-        began = time.perf_counter()
+        self._stamps, self._on = [], True
+        began = self._ops.stamp()
         try:
             yield
         finally:
             self._on = False
-        self._steps.append(time.perf_counter() - began)
+        ended = self._ops.stamp()
+        self._steps.append(self._ops.elapsed(began, ended))
+        for calls, began, ended in self._stamps:
+            calls.count += 1
+            calls.seconds += self._ops.elapsed(began, ended)
         if len(self._steps) == 1:
             self._first, self._calls = self._calls, {}
         if len(self._steps) % self._every == 0:
@@ -177,7 +189,7 @@ class Profiled:
         if not self._steps:
             raise RuntimeError("a profile needs a step")
         counted = self._counted()
-        if {ceiling(calls.cost, self._dtype) for calls in counted} - self._ceilings.keys():
+        if has_ceilings(self._ops) and {ceiling(calls.cost, self._dtype) for calls in counted} - self._ceilings.keys():
             self._measure()
         peaks = {what: statistics.median(values) for what, values in self._ceilings.items()}
         steps = max(1, len(self._steps) - 1)
@@ -187,7 +199,7 @@ class Profiled:
             groups.setdefault((calls.op, calls.size), []).append(calls)
         rows = []
         for (op, size), group in groups.items():
-            took = sum(calls.seconds for calls in group)
+            took = max(sum(calls.seconds for calls in group), RESOLUTION)
             products = group[0].cost.products
             work = sum(calls.count * (calls.cost.flops if products else calls.cost.nbytes) for calls in group)
             fraction = None
@@ -208,6 +220,11 @@ class Profiled:
             steps, seconds, tuple(rows), parts, seconds - sum(parts.values()),
             {what[0]: value for what, value in peaks.items() if what[0] != "stream"},
         )  # fmt: skip
+
+
+def _key(value: Any) -> Any:
+    """What of an argument may decide a call's cost."""
+    return tuple(value) if isinstance(value, list) else getattr(value, "shape", value)
 
 
 def _part(op: str) -> str:

@@ -20,8 +20,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 ISAS = ("scalar", "avx2", "avx512", "avx512bf16", "amx", "neon", "neonbf16")
 
-# What the op tests may need of the workspace: the widest row, the largest vocabulary and tensor in them.
-CHANNELS, VOCABULARY, PARAMETERS = 4096, 8192, 1 << 21
+# What the op tests may need of the workspace: the widest row, the largest vocabulary and tensor in them, the most
+# tokens of a call, the most heads.
+WORKSPACE = {"channels": 4096, "vocab_size": 8192, "parameters": 1 << 21, "tokens": 1 << 14, "heads": 64}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -42,7 +43,7 @@ def configured(isa: str | None, threads: int, dtype: str = "fp32") -> Iterator[M
         pytest.skip(f"this CPU cannot run {isa}")
     before = _cpu.info()
     _cpu.configure(isa=isa or before["isa"], threads=threads, dtype=dtype)
-    _cpu.reserve(CHANNELS, VOCABULARY, PARAMETERS)
+    _cpu.reserve(**WORKSPACE)
     try:
         yield _cpu
     finally:

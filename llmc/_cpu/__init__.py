@@ -10,24 +10,26 @@ from __future__ import annotations
 from llmc._cpu.waiting import policy
 
 with policy():  # OpenMP's library is loaded here, and reads how its threads shall wait
-    from llmc._cpu.activation import gelu_backward, gelu_forward, residual_forward, zero
+    from llmc._cpu.activation import copy, gelu_backward, gelu_forward, residual_forward, zero
     from llmc._cpu.attention import attention_backward, attention_decode, attention_forward
     from llmc._cpu.embed import embedding_backward, embedding_forward
-    from llmc._cpu.head import head_logits, head_loss
+    from llmc._cpu.head import head_logits, head_loss, sum_losses
     from llmc._cpu.isa import activate, all_isas, info, isas, resolve_dtype, resolve_isa, resolve_threads
-    from llmc._cpu.linear import linear_backward, linear_forward, linear_gelu_backward, linear_gelu_forward, product
-    from llmc._cpu.norm import layernorm_backward, layernorm_forward
-    from llmc._cpu.optimizer import adamw_step, global_norm
+    from llmc._cpu.linear import gelu_linear_backward, linear_backward, linear_forward, linear_gelu_forward, product
+    from llmc._cpu.norm import layernorm_backward, layernorm_forward, residual_layernorm_forward
+    from llmc._cpu.optimizer import adamw_step, clip_scale, global_norm
+    from llmc._cpu.order import elapsed, fetch, record, stamp
     from llmc._cpu.peak import measure_dot, measure_fma, measure_stream, stream_floats
     from llmc._cpu.philox import normal
-    from llmc._cpu.workspace import empty, reserve, resize_scratch, workspace_nbytes
+    from llmc._cpu.workspace import empty, memory, reserve, resize_scratch, workspace_nbytes
 
 __all__ = [
-    "adamw_step", "all_isas", "attention_backward", "attention_decode", "attention_forward", "configure",
-    "embedding_backward", "embedding_forward", "empty", "gelu_backward", "gelu_forward", "global_norm",
-    "head_logits", "head_loss", "info", "isas", "layernorm_backward", "layernorm_forward", "linear_backward",
-    "linear_forward", "linear_gelu_backward", "linear_gelu_forward", "measure_dot", "measure_fma", "measure_stream",
-    "normal", "product", "reserve", "residual_forward", "stream_floats", "workspace_nbytes", "zero",
+    "adamw_step", "all_isas", "attention_backward", "attention_decode", "attention_forward", "clip_scale", "configure",
+    "copy", "elapsed", "embedding_backward", "embedding_forward", "empty", "fetch", "gelu_backward", "gelu_forward",
+    "gelu_linear_backward", "global_norm", "head_logits", "head_loss", "info", "isas", "layernorm_backward",
+    "layernorm_forward", "linear_backward", "linear_forward", "linear_gelu_forward", "measure_dot", "measure_fma",
+    "measure_stream", "memory", "normal", "product", "record", "reserve", "residual_forward",
+    "residual_layernorm_forward", "stamp", "stream_floats", "sum_losses", "workspace_nbytes", "zero",
 ]  # fmt: skip
 
 

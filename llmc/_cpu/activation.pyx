@@ -1,7 +1,7 @@
-"""Element-wise layers: GELU, the residual sum, and zeroing.  Threads take spans of fixed size."""
+"""Element-wise layers: GELU, the residual sum, copying and zeroing.  Threads take spans of fixed size."""
 
 from cython.parallel cimport prange
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 from llmc._cpu cimport check, isa
 
@@ -50,3 +50,11 @@ def zero(x):
     cdef Py_ssize_t i, n = x_.shape[0]
     for i in prange(0, n, SPAN, num_threads=isa.threads, schedule="static", nogil=True):
         memset(&x_[i], 0, min(<Py_ssize_t> SPAN, n - i) * sizeof(float))
+
+
+def copy(out, x):
+    cdef float[::1] out_ = check.flat("out", out), x_ = check.flat("x", x)
+    cdef Py_ssize_t i, n = x_.shape[0]
+    check.expect("out", out.shape, x.shape)
+    for i in prange(0, n, SPAN, num_threads=isa.threads, schedule="static", nogil=True):
+        memcpy(&out_[i], &x_[i], min(<Py_ssize_t> SPAN, n - i) * sizeof(float))

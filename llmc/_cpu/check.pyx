@@ -38,6 +38,13 @@ cdef int[:, ::1] ids(str name, object a):
     return _array(name, a, np.int32, 2)
 
 
+cdef double *scalars(str name, object a, Py_ssize_t n) except NULL:
+    """What lies on the device as n float64 numbers."""
+    cdef double[::1] view = _array(name, a, np.float64, 1)
+    expect(name, a.shape, (n,))
+    return &view[0]
+
+
 cdef int expect(str name, tuple got, tuple want) except -1:
     if got != want:
         raise ValueError(f"{name}: expected shape {want}, got {got}")

@@ -59,6 +59,17 @@ def head_loss(losses, dx, dw, x, w, targets, V, scale, accumulate):
             memset(dw_data + vocab * C, 0, (w_.shape[0] - vocab) * C * sizeof(float))
 
 
+def sum_losses(total, losses, scale, accumulate):
+    cdef double *total_ = check.scalars("total", total, 1)
+    cdef float[:, ::1] losses_ = check.matrix("losses", losses)
+    cdef double factor = scale, sum = 0.0
+    cdef Py_ssize_t i, j
+    for i in range(losses_.shape[0]):
+        for j in range(losses_.shape[1]):
+            sum += losses_[i, j]
+    total_[0] = factor * sum + (total_[0] if accumulate else 0.0)
+
+
 def head_logits(logits, x, w, V):
     cdef float[:, :, ::1] logits_ = check.cube("logits", logits), x_ = check.cube("x", x)
     cdef float[:, ::1] w_ = check.matrix("w", w)

@@ -115,6 +115,8 @@ def resolve_dtype(name=None):
     """`name`, else fp32.  ConfigError for anything but one of DTYPES."""
     if name is None:
         name = DTYPES[0]
+    if name == "tf32":
+        raise ConfigError("dtype", f"tf32 is for GPUs; a CPU takes {' and '.join(DTYPES)}")
     if name not in DTYPES:
         raise ConfigError("dtype", f"{name!r} is unknown here; choose from {', '.join(DTYPES)}")
     return name
@@ -134,9 +136,12 @@ def activate(name, count, dtype):
 
 
 def info():
-    """What is active: isa, tile, dtype, threads, whether the table multiplies bf16 pairs in one instruction (else it
+    """What is active: the contract's entries, and isa, tile, threads, whether the table multiplies bf16 pairs in one instruction (else it
     rounds, and multiplies in fp32), how threads wait, and the OpenMP specification's date (0: built without)."""
     return {
+        "device": "cpu",
+        "storage": "float32",
+        "ahead": 0,
         "isa": kernels.name.decode(),
         "isas": isas(),
         "tile": (tile_rows, kernels.tile_columns),

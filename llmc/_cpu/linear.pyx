@@ -105,15 +105,15 @@ def linear_forward(out, x, w, b):
         rows_times_transposed(&out_[0, 0, 0], &x_[0, 0, 0], &w_[0, 0], bias, M, N, K)
 
 
-cdef int _check_backward(dx, dw, db, dout, x, w, str dout_name="dout") except -1:
+cdef int _check_backward(str dx_name, dx, dw, db, dout, x, w) except -1:
     cdef Py_ssize_t K = check.cube("x", x).shape[2], N = check.matrix("w", w).shape[0]
-    check.cube("dx", dx)
+    check.cube(dx_name, dx)
     check.matrix("dw", dw)
-    check.cube(dout_name, dout)
+    check.cube("dout", dout)
     check.expect("w", w.shape, (N, K))
     check.expect("dw", dw.shape, (N, K))
-    check.expect("dx", dx.shape, x.shape)
-    check.expect(dout_name, dout.shape, (*x.shape[:2], N))
+    check.expect(dx_name, dx.shape, x.shape)
+    check.expect("dout", dout.shape, (*x.shape[:2], N))
     if db is not None:
         check.vector("db", db)
         check.expect("db", db.shape, (N,))
@@ -121,7 +121,7 @@ cdef int _check_backward(dx, dw, db, dout, x, w, str dout_name="dout") except -1
 
 
 def linear_backward(dx, dw, db, dout, x, w, accumulate):
-    _check_backward(dx, dw, db, dout, x, w)
+    _check_backward("dx", dx, dw, db, dout, x, w)
     cdef float[:, :, ::1] dx_ = dx, dout_ = dout, x_ = x
     cdef float[:, ::1] dw_ = dw, w_ = w
     cdef float[::1] db_
@@ -144,14 +144,14 @@ def linear_gelu_forward(out, pre, x, w, b):
         gelu_forward_all(&out_[0], &pre_[0], pre_.shape[0])
 
 
-def linear_gelu_backward(dx, dw, db, dpre, dout, pre, x, w, accumulate):
-    cdef float[::1] dpre_ = check.flat("dpre", dpre), dout_ = check.flat("dout", dout), pre_ = check.flat("pre", pre)
-    _check_backward(dx, dw, db, dpre, x, w, "dpre")
-    check.expect("dout", dout.shape, dpre.shape)
-    check.expect("pre", pre.shape, dpre.shape)
+def gelu_linear_backward(dpre, dw, db, dout, pre, x, w, accumulate):
+    cdef float[::1] dpre_ = check.flat("dpre", dpre), pre_ = check.flat("pre", pre)
+    _check_backward("dpre", dpre, dw, db, dout, x, w)
+    check.cube("pre", pre)
+    check.expect("pre", pre.shape, x.shape)
+    linear_backward(dpre, dw, db, dout, x, w, accumulate)
     with nogil:
-        gelu_backward_all(&dpre_[0], &dout_[0], &pre_[0], pre_.shape[0])
-    linear_backward(dx, dw, db, dpre, x, w, accumulate)
+        gelu_backward_all(&dpre_[0], &dpre_[0], &pre_[0], pre_.shape[0])
 
 
 def product(use, out, a, b):

@@ -34,6 +34,13 @@ cdef void _combine(Py_ssize_t c, float *dw, float *db, const float *partial, Py_
     isa.kernels.column_sum(db + c, partial + C + c, 2 * C, chunks, n)
 
 
+cdef void _residual_row(float *total, float *out, float *mean, float *rstd, const float *x, const float *branch,
+                        const float *w, const float *b, Py_ssize_t C, float eps) noexcept nogil:
+    """The sum is normed while the first cache holds it."""
+    isa.kernels.add_span(total, x, branch, C)
+    isa.kernels.layernorm_row(out, mean, rstd, total, w, b, C, eps)
+
+
 def layernorm_forward(out, mean, rstd, x, w, b, eps):
     cdef float[:, :, ::1] out_ = check.cube("out", out), x_ = check.cube("x", x)
     cdef float[:, ::1] mean_ = check.matrix("mean", mean), rstd_ = check.matrix("rstd", rstd)
@@ -49,6 +56,27 @@ def layernorm_forward(out, mean, rstd, x, w, b, eps):
     check.expect("b", b.shape, (C,))
     for i in prange(M, num_threads=isa.threads, schedule="static", nogil=True):
         isa.kernels.layernorm_row(&out_[0, 0, 0] + i * C, m + i, r + i, &x_[0, 0, 0] + i * C, &w_[0], &b_[0], C, epsilon)
+
+
+def residual_layernorm_forward(total, out, mean, rstd, x, branch, w, b, eps):
+    cdef float[:, :, ::1] total_ = check.cube("total", total), out_ = check.cube("out", out)
+    cdef float[:, ::1] mean_ = check.matrix("mean", mean), rstd_ = check.matrix("rstd", rstd)
+    cdef float[:, :, ::1] x_ = check.cube("x", x), branch_ = check.cube("branch", branch)
+    cdef float[::1] w_ = check.vector("w", w), b_ = check.vector("b", b)
+    cdef Py_ssize_t M = x_.shape[0] * x_.shape[1], C = x_.shape[2], i
+    cdef float *m = &mean_[0, 0]
+    cdef float *r = &rstd_[0, 0]
+    cdef float epsilon = eps
+    check.expect("branch", branch.shape, x.shape)
+    check.expect("total", total.shape, x.shape)
+    check.expect("out", out.shape, x.shape)
+    check.expect("mean", mean.shape, x.shape[:2])
+    check.expect("rstd", rstd.shape, x.shape[:2])
+    check.expect("w", w.shape, (C,))
+    check.expect("b", b.shape, (C,))
+    for i in prange(M, num_threads=isa.threads, schedule="static", nogil=True):
+        _residual_row(&total_[0, 0, 0] + i * C, &out_[0, 0, 0] + i * C, m + i, r + i, &x_[0, 0, 0] + i * C,
+                      &branch_[0, 0, 0] + i * C, &w_[0], &b_[0], C, epsilon)
 
 
 def layernorm_backward(dx, dw, db, dout, x, mean, rstd, w, accumulate):

@@ -55,6 +55,11 @@ def resize_scratch(name, threads):
     _scratch = <char *> &view[0]
 
 
+def memory():
+    """None: arrays lie in the machine's own memory."""
+    return None
+
+
 def _shared_size(channels, vocab_size, parameters):
     return max(
         HEAD_CHUNK * vocab_size * 4,
@@ -63,11 +68,11 @@ def _shared_size(channels, vocab_size, parameters):
     )
 
 
-def workspace_nbytes(channels, vocab_size, parameters):
+def workspace_nbytes(channels, vocab_size, parameters, tokens, heads):
     return {"shared": _shared_size(channels, vocab_size, parameters), "threads": _scratch_owner.nbytes}
 
 
-def reserve(channels, vocab_size, parameters):
+def reserve(channels, vocab_size, parameters, tokens, heads):
     global _shared_owner, _shared, _shared_nbytes
     cdef unsigned char[::1] view
     nbytes = _shared_size(channels, vocab_size, parameters)
@@ -87,5 +92,5 @@ cdef float *shared(Py_ssize_t nbytes) except NULL:
     if nbytes > _shared_nbytes:
         raise RuntimeError(f"workspace of {_shared_nbytes:,} bytes is too small for {nbytes:,}: call reserve() first")
     if _shared == NULL:
-        reserve(1, 1, 1)
+        reserve(1, 1, 1, 1, 1)
     return <float *> _shared

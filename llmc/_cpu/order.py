@@ -1,0 +1,25 @@
+"""A CPU has done an op when the call returns: the order of ops is that of the program, and their results are there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from llmc.arena import Array
+
+
+def record(function: Callable[[], None]) -> Callable[[], None]:
+    """`function` itself: there is nothing between it and the kernels that a recording would spare."""
+    return function
+
+
+def fetch(x: Array) -> Callable[[], Array]:
+    """A callable that gives `x` itself."""
+    return lambda: x
+
+
+stamp = time.perf_counter
+
+
+def elapsed(begin: float, end: float) -> float:
+    return end - begin
