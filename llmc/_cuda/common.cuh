@@ -170,10 +170,11 @@ template <typename T> __device__ __forceinline__ T warp_sum(T value) { return wa
 __device__ __forceinline__ float warp_max(float value) { return warp_reduce<Max>(value); }
 
 // Of the values of `warps` whole warps, the first being warp `first` of the block; every thread of theirs gets the
-// result.  All threads of the block must call it, with `scratch` for one value of each warp of the block.
+// result.  All threads of the block must call it with the same `warps`, and `scratch` for a value of each warp.
 template <typename Op, typename T>
 __device__ __forceinline__ T group_reduce(T value, T *scratch, int warp, int first, int warps) {
     value = warp_reduce<Op>(value);
+    if (warps == 1) return value;
     __syncthreads(); // scratch may still be read from the reduction before
     scratch[warp] = value;
     __syncthreads();
