@@ -44,6 +44,14 @@ __device__ __forceinline__ void cp_async_16(void *shared, const void *global, in
                  : "memory");
 }
 
+// The same of 4 bytes, or of none.
+__device__ __forceinline__ void cp_async_4(void *shared, const void *global, int bytes = 4) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
+                 :
+                 : "r"(shared_address(shared)), "l"(__cvta_generic_to_global(global)), "r"(bytes)
+                 : "memory");
+}
+
 // Closes a group: this thread's copies since the last.
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
