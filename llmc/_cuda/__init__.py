@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from llmc._cuda import compiler, device, driver, graphs
+from llmc._cuda import compiler, cublaslt, device, graphs
 from llmc.errors import ConfigError, DeviceError
 
 GEMMS = ("cublaslt", "own")
@@ -40,9 +40,8 @@ for _name, _ops in _MODULES.items():
             if hasattr(_module, _op):
                 globals()[_op] = device.op(getattr(_module, _op))
 
-empty, memory, fetch, stamp, elapsed = map(
-    device.op, (device.empty, device.memory, device.fetch, device.stamp, device.elapsed)
-)
+empty, memory, fetch = device.op(device.empty), device.op(device.memory), device.op(device.fetch)
+stamp, elapsed = device.op(device.stamp), device.op(device.elapsed)
 record = graphs.record
 
 
@@ -96,7 +95,8 @@ def _attention(name: str | None, precision: str) -> str:
         return "own"
     if precision != "bf16":
         raise ConfigError("attention", f"'cudnn' attends in bf16 alone, and dtype is {precision!r}")
-    raise ConfigError("attention", "'cudnn' needs cuDNN 9 and its frontend: pip install nvidia-cudnn-frontend nvidia-cudnn-cu13")
+    packages = "nvidia-cudnn-frontend nvidia-cudnn-cu13"
+    raise ConfigError("attention", f"'cudnn' needs cuDNN 9 and its frontend: pip install {packages}")
 
 
 def _check(index: int, precision: str, multiplies: str) -> None:
@@ -109,24 +109,22 @@ def _check(index: int, precision: str, multiplies: str) -> None:
             f"{major}.{minor}: take fp32"
         )
     compiler.architecture(opened.capability)
-    if multiplies == "cublaslt" and (cublaslt := _loaded_cublaslt()):
-        cublaslt()
-
-
-def _loaded_cublaslt() -> Any:
-    return None
+    if multiplies == "cublaslt":
+        try:
+            cublaslt.library()
+        except DeviceError as error:
+            raise DeviceError(f"{error}; or multiply without it: --gemm own") from error
 
 
 def info() -> dict[str, Any]:
     """What is in use: the GPU, its compute capability, the driver, the types, who multiplies and attends, what
     compiled the kernels."""
     opened = device.handle()
-    version = opened.driver_version
     return {
         "device": "cuda",
         "name": opened.name,
         "capability": ".".join(map(str, opened.capability)),
-        "driver": f"CUDA {version // 1000}.{version % 1000 // 10}",
+        "driver": f"CUDA {device.cuda_version(opened.driver_version)}",
         "dtype": device.dtype,
         "storage": device.storage.name,
         "ahead": 1,

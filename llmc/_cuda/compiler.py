@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import re
 import shutil
@@ -176,12 +177,16 @@ def compile_error(log: str, file: str, compiler: str) -> DeviceError:
     return DeviceError(f"{first['file']}:{first['line'] or first['other']}: error: {first['text'].strip()}{more}")
 
 
-@functools.cache
 def find() -> NVRTC | NVCC:
-    """The best compiler there is for the driver: NVRTC, else nvcc.  DeviceError where there is none."""
-    limit = device.handle().driver_version // 1000 if device.is_open() else max(DRIVERS)
+    """The best compiler there is for the driver in use, if one is: NVRTC, else nvcc.  DeviceError where there is none."""
+    return _find(device.handle().driver_version if device.is_open() else None)
+
+
+@functools.cache
+def _find(driver_version: int | None) -> NVRTC | NVCC:
+    limit = math.inf if driver_version is None else driver_version // 1000
     newer: list[NVRTC | NVCC] = []
-    for path in driver.libraries("libnvrtc", "cuda_nvrtc"):
+    for path in driver.libraries("nvrtc", "nvidia-cuda-nvrtc"):
         try:
             nvrtc = NVRTC(path)
         except OSError:
@@ -195,12 +200,11 @@ def find() -> NVRTC | NVCC:
             if nvcc.version[0] <= limit:
                 return nvcc
             newer.append(nvcc)
-    if newer:
+    if newer and driver_version is not None:
         needed = newer[0].version[0]
-        have = device.handle().driver_version
         raise DeviceError(
-            f"the NVIDIA driver is too old: it runs CUDA {have // 1000}.{have % 1000 // 10}, and {newer[0].name} compiles "
-            f"for CUDA {needed}.0, driver {DRIVERS.get(needed, DRIVERS[max(DRIVERS)])} or newer: update the driver"
+            f"the NVIDIA driver is too old: it runs CUDA {device.cuda_version(driver_version)}, and what {newer[0].name} "
+            f"compiles needs CUDA {needed}.0, which is driver {DRIVERS.get(needed, DRIVERS[max(DRIVERS)])} or newer"
         )
     raise DeviceError(f"there is no compiler for CUDA, neither NVRTC nor nvcc: {INSTALL}")
 
@@ -279,8 +283,8 @@ class Kernel:
     """`extern "C" __global__ void name(...)` of `<file>.cu`, compiled at its first call.
 
     `signature` has a letter for each parameter: P a pointer, i int, q long long, Q unsigned long long, f float,
-    d double.  Called as `kernel(grid, block, *arguments, shared=0)`: grid and block are ints or tuples, and a grid with a
-    0 launches nothing; an array passes its address, None a null pointer; `shared` is bytes of dynamic shared memory.
+    d double.  Called as `kernel(grid, block, *arguments, shared=0)`: grid and block are ints or tuples, and a grid with
+    a 0 launches nothing; an array passes its address, None a null pointer; `shared` is bytes of dynamic shared memory.
     """
 
     def __init__(self, file: str, name: str, signature: str) -> None:
@@ -311,7 +315,7 @@ class Kernel:
             try:
                 module = opened.functions[key] = opened.cuda.module_from_buffer(code)
             except opened.errors as error:
-                raise DeviceError(f"{PLACE}/{self.file}.cu: the driver does not take what {find().name} made: {error}") from error
+                raise DeviceError(f"{PLACE}/{self.file}.cu: the driver refuses what was compiled: {error}") from error
         try:
             function = module.get_function(self.name)
         except opened.errors as error:

@@ -13,10 +13,13 @@ from __future__ import annotations
 import atexit
 import collections
 import functools
+import importlib.util
 import math
 import operator
 import os
+import re
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from threading import get_ident
 from typing import Any, TypeVar
@@ -100,20 +103,26 @@ class _Opened:
 
 
 def _import_pycuda() -> Any:
+    if importlib.util.find_spec("pycuda") is None:
+        raise MissingDependencyError(f"the device cuda needs PyCUDA: {INSTALL}")
     try:
-        import pycuda.driver as cuda
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError(f"the device cuda needs {error.name}: {INSTALL}") from error
-    except ImportError as error:
-        if "libcuda" in str(error) or "nvcuda" in str(error):
-            raise DeviceError(
-                "the NVIDIA driver is not installed (libcuda.so.1 was not found): install the driver, 580 or newer, and "
-                "see that nvidia-smi runs; in a container, start it with GPUs (docker run --gpus all)"
-            ) from error
+        driver.load()
+    except OSError as error:
         raise DeviceError(
-            f"PyCUDA cannot be loaded: {error}; it was built for another driver or Python: "
-            "pip install --no-cache-dir --force-reinstall pycuda"
+            "the NVIDIA driver is not installed, libcuda.so.1 was not found: install driver 580 or newer, until "
+            "nvidia-smi lists the GPU; a container has to be started with GPUs (docker run --gpus all)"
         ) from error
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyCUDA's guess at why it cannot be imported
+            import pycuda.driver as cuda
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(f"PyCUDA needs {error.name}: {INSTALL}") from error
+    except ImportError as error:
+        if re.search(r"undefined symbol: cu[A-Z]", str(error)):
+            raise DeviceError(f"the NVIDIA driver is too old for PyCUDA ({error}); it must be 580 or newer") from error
+        again = "pip install --force-reinstall --no-cache-dir --no-binary pycuda pycuda"
+        raise DeviceError(f"PyCUDA cannot be loaded ({error}); build it anew: {again}") from error
     return cuda
 
 
@@ -148,6 +157,11 @@ def _gpu(cuda: Any, index: int) -> Any:
         have = "cuda:0 is the only GPU" if count == 1 else f"the GPUs are cuda:0 to cuda:{count - 1}"
         raise DeviceError(f"there is no cuda:{index}: {have}")
     return cuda.Device(index)
+
+
+def cuda_version(number: int) -> str:
+    """13000 -> 13.0."""
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def _dotted(version: Sequence[int]) -> str:
@@ -331,7 +345,7 @@ class _Span:
 class DeviceArray:
     """An array in the GPU's memory, or a view of one; `empty` makes it.
 
-    Shapes, strides and views are NumPy's: `_geometry` is a NumPy array over the device's addresses, which is never read.
+    Shapes, strides and views are NumPy's: `_geometry` is a NumPy array over the device's addresses, and never read.
     """
 
     __slots__ = ("__weakref__", "_geometry", "_memory", "dtype", "ndim", "ptr", "shape", "size")
@@ -399,8 +413,8 @@ class DeviceArray:
     # ---- values ------------------------------------------------------------------------------------
 
     def __setitem__(self, key: Any, values: Any) -> None:
-        """Write host values, a scalar or another array of the GPU, converted to this array's type, in stream order; what
-        `values` lies in may be written to at once."""
+        """Write host values, a scalar or another array of the GPU, converted to this array's type, in stream order;
+        the memory of `values` may be written to at once."""
         _assign(self if key is Ellipsis else self[key], values)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:

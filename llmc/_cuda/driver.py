@@ -37,9 +37,15 @@ class CallError(DeviceError):
 
 
 @functools.cache
+def load() -> ctypes.CDLL:
+    """The driver's library; OSError where there is no driver."""
+    # For all to see: PyCUDA may have been built without naming it.
+    return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1", mode=ctypes.RTLD_GLOBAL)
+
+
+@functools.cache
 def _function(name: str) -> Callable[..., int]:
-    library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    function = getattr(library, name)
+    function = getattr(load(), name)
     function.argtypes, function.restype = _SIGNATURES[name], c_int
     return function
 
@@ -110,31 +116,45 @@ def destroy_executable(executable: int) -> None:
 # ---- libraries -------------------------------------------------------------------------------------
 
 
-def libraries(stem: str, *wheels: str) -> Iterator[str]:
-    """Names to try for NVIDIA's library `stem` ("libnvrtc"), best first: files in LLMC_CUDA_LIBRARIES, in the folders of
-    pip's packages (`wheels`: their names below `nvidia`), what the system's loader knows, and the CUDA toolkit's.
-    """
-    for folder in _library_folders(*wheels):
+def library(name: str, package: str) -> ctypes.CDLL:
+    """NVIDIA's library `name` ("cublasLt"), which the pip package `package` brings; DeviceError where there is none."""
+    for path in libraries(name, package):
+        try:
+            return ctypes.CDLL(path)
+        except OSError:
+            continue
+    raise DeviceError(f"lib{name} was not found: pip install {package}")
+
+
+def libraries(name: str, package: str) -> Iterator[str]:
+    """Paths and names to try for NVIDIA's library `name`, best first: in LLMC_CUDA_LIBRARIES, in pip's packages, what
+    the system's loader knows, in the CUDA toolkit."""
+    stem = f"lib{name}"
+    for folder in _library_folders(package):
         yield from map(str, _versions(folder, stem))
     for version in (".13", ".12", ""):
         yield f"{stem}.so{version}"
     for toolkit in toolkits():
-        for name in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):
-            yield from map(str, _versions(toolkit / name, stem))
+        for place in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):
+            yield from map(str, _versions(toolkit / place, stem))
 
 
-def _library_folders(*wheels: str) -> Iterator[Path]:
+def _library_folders(package: str) -> Iterator[Path]:
     if chosen := os.environ.get("LLMC_CUDA_LIBRARIES"):
         yield Path(chosen)
     for root in wheel_roots():
-        for wheel in ("cu13", *wheels):
-            yield root / wheel / "lib"
+        yield root / "cu13" / "lib"  # of CUDA 13 in common, before that a folder for each package
+        yield root / package.removeprefix("nvidia-").replace("-", "_") / "lib"
 
 
 def _versions(folder: Path, stem: str) -> list[Path]:
     """The library's files in one folder, the newest first."""
-    found = [path for path in folder.glob(f"{stem}.so*") if ".alt." not in path.name]
-    return sorted(found, key=lambda path: [int(part) for part in path.name.split(".") if part.isdecimal()], reverse=True)
+
+    def version(path: Path) -> list[int]:
+        return [int(part) for part in path.name.split(".") if part.isdecimal()]
+
+    found = (path for path in folder.glob(f"{stem}.so*") if ".alt." not in path.name)
+    return sorted(found, key=version, reverse=True)
 
 
 def wheel_roots() -> list[Path]:
