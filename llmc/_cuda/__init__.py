@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from llmc._cuda import compiler, cublaslt, device, graphs
+from llmc._cuda import compiler, cublaslt, device
+from llmc._cuda.device import elapsed, empty, fetch, memory, stamp
+from llmc._cuda.graphs import record
 from llmc.errors import ConfigError, DeviceError
 
 GEMMS = ("cublaslt", "own")
@@ -40,9 +42,6 @@ for _name, _ops in _MODULES.items():
             if hasattr(_module, _op):
                 globals()[_op] = device.op(getattr(_module, _op))
 
-empty, memory, fetch = device.op(device.empty), device.op(device.memory), device.op(device.fetch)
-stamp, elapsed = device.op(device.stamp), device.op(device.elapsed)
-record = graphs.record
 
 
 def configure(
@@ -124,7 +123,7 @@ def info() -> dict[str, Any]:
         "device": "cuda",
         "name": opened.name,
         "capability": ".".join(map(str, opened.capability)),
-        "driver": f"CUDA {device.cuda_version(opened.driver_version)}",
+        "driver": device.driver_name(opened.driver_version),
         "dtype": device.dtype,
         "storage": device.storage.name,
         "ahead": 1,

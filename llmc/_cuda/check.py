@@ -10,11 +10,14 @@ import numpy as np
 
 from llmc._cuda import device, graphs
 from llmc._cuda.device import DeviceArray
+from llmc.errors import DeviceError
 
 
 def _array(name: str, a: Any, dtype: Any, ndim: int) -> DeviceArray:
     if not isinstance(a, DeviceArray):
         raise TypeError(f"{name}: expected an array of the GPU, got {type(a).__name__}")
+    if a.lost:
+        raise DeviceError(f"{name}: lies on a GPU that has been closed since")
     if a.dtype != dtype:
         raise ValueError(f"{name}: expected dtype {np.dtype(dtype)}, got {a.dtype}")
     if ndim and a.ndim != ndim:

@@ -178,7 +178,7 @@ def compile_error(log: str, file: str, compiler: str) -> DeviceError:
 
 
 def find() -> NVRTC | NVCC:
-    """The best compiler there is for the driver in use, if one is: NVRTC, else nvcc.  DeviceError where there is none."""
+    """The best compiler for the driver, if one is in use: NVRTC, else nvcc.  DeviceError where there is none."""
     return _find(device.handle().driver_version if device.is_open() else None)
 
 
@@ -202,9 +202,10 @@ def _find(driver_version: int | None) -> NVRTC | NVCC:
             newer.append(nvcc)
     if newer and driver_version is not None:
         needed = newer[0].version[0]
+        first = DRIVERS.get(needed, DRIVERS[max(DRIVERS)])
         raise DeviceError(
-            f"the NVIDIA driver is too old: it runs CUDA {device.cuda_version(driver_version)}, and what {newer[0].name} "
-            f"compiles needs CUDA {needed}.0, which is driver {DRIVERS.get(needed, DRIVERS[max(DRIVERS)])} or newer"
+            f"the NVIDIA driver is too old: it runs CUDA {device.cuda_version(driver_version)}, and what "
+            f"{newer[0].name} compiles needs CUDA {needed}.0, which is driver {first} or newer"
         )
     raise DeviceError(f"there is no compiler for CUDA, neither NVRTC nor nvcc: {INSTALL}")
 

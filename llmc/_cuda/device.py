@@ -21,6 +21,7 @@ import re
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from threading import get_ident
 from typing import Any, TypeVar
 
@@ -162,6 +163,16 @@ def _gpu(cuda: Any, index: int) -> Any:
 def cuda_version(number: int) -> str:
     """13000 -> 13.0."""
     return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def driver_name(number: int) -> str:
+    """580.82.07 (CUDA 13.0), or only the latter where the system does not tell."""
+    try:
+        found = re.search(r"\s(\d+\.[\d.]+)\s", Path("/proc/driver/nvidia/version").read_text())
+    except OSError:
+        found = None
+    cuda = f"CUDA {cuda_version(number)}"
+    return f"{found[1]} ({cuda})" if found else cuda
 
 
 def _dotted(version: Sequence[int]) -> str:
@@ -367,6 +378,11 @@ class DeviceArray:
         return self.size * self.dtype.itemsize
 
     @property
+    def lost(self) -> bool:
+        """Whether the GPU it was on has been closed."""
+        return self._memory._opened is not _opened
+
+    @property
     def flags(self) -> Any:
         """NumPy's, of which `c_contiguous` and `writeable` matter."""
         return self._geometry.flags
@@ -432,27 +448,33 @@ def _assign_values(x: DeviceArray, values: Any) -> None:
     if isinstance(values, DeviceArray) and values.dtype == x.dtype and values.flags.c_contiguous:
         if values.shape != x.shape:
             raise ValueError(f"x[...] = values: expected shape {x.shape}, got {values.shape}")
-        _forget(x)
+        _know(x, values.bounds)
         if x.size:
             opened.cuda.memcpy_dtod_async(x.ptr, values.ptr, x.nbytes, stream)
         return
     host = np.asarray(values)
-    if x.dtype == np.int32:
+    bounds = None
+    if x.dtype == np.int32 and x.size:
         host = host.astype(np.int32, copy=False)
+        bounds = int(host.min()), int(host.max())
     spread = np.broadcast_to(host, x.shape)
-    _forget(x)
+    _know(x, bounds)
     if x.size == 0:
         return
-    if x.dtype == np.int32:
-        x._memory.known[x.ptr, x.ptr + x.nbytes] = int(host.min()), int(host.max())
     if host.ndim or not _fill(x, host.astype(x.dtype).tobytes()):
         not_captured("x[...] = values")
         assert opened.staging is not None
         opened.staging.send(x.ptr, spread.reshape(-1), x.dtype)
 
 
-def _forget(x: DeviceArray) -> None:
-    x._memory.forget(x.ptr, x.ptr + x.nbytes)
+def _know(x: DeviceArray, bounds: tuple[int, int] | None) -> None:
+    """x is about to get values within `bounds`, if they are int32."""
+    if x.dtype == np.int32:
+        not_captured("writing int32")  # a replay would write again what is known by then to be something else
+    start, stop = x.ptr, x.ptr + x.nbytes
+    x._memory.forget(start, stop)
+    if x.dtype == np.int32 and bounds is not None:
+        x._memory.known[start, stop] = bounds
 
 
 def _fill(x: DeviceArray, pattern: bytes) -> bool:
@@ -482,6 +504,7 @@ def _read_values(x: DeviceArray) -> np.ndarray[Any, Any]:
 _assign, _read = op(_assign_values, "x[...] = values"), op(_read_values, "reading an array")
 
 
+@op
 def empty(shape: tuple[int, ...], dtype: str) -> DeviceArray:
     """A new zero-filled array; `ops.empty`."""
     kind = np.dtype(dtype)
@@ -491,6 +514,7 @@ def empty(shape: tuple[int, ...], dtype: str) -> DeviceArray:
     return DeviceArray(memory, np.asarray(_Span(memory.ptr, nbytes)).view(kind).reshape(shape))
 
 
+@op
 def memory() -> tuple[int, int]:
     """Bytes that are free, and all there are."""
     free, total = _the().cuda.mem_get_info()
@@ -556,6 +580,7 @@ def shared_limit() -> int:
 # ---- values and times without stopping -------------------------------------------------------------
 
 
+@op
 def fetch(x: DeviceArray) -> Callable[[], np.ndarray[Any, Any]]:
     """The values that x has after the ops so far; `ops.fetch`."""
     not_captured("fetch()")
@@ -576,6 +601,7 @@ def fetch(x: DeviceArray) -> Callable[[], np.ndarray[Any, Any]]:
     return op(fetched, "fetch")
 
 
+@op
 def stamp() -> Any:
     """A mark in the compute stream; `ops.stamp`."""
     not_captured("stamp()")
@@ -583,6 +609,7 @@ def stamp() -> Any:
     return opened.cuda.Event().record(opened.compute)
 
 
+@op
 def elapsed(begin: Any, end: Any) -> float:
     """Seconds from one `stamp` to another; `ops.elapsed`."""
     not_captured("elapsed()")
