@@ -54,6 +54,8 @@ constexpr int PACK = 16 / sizeof(floatX);
 // How memory is to be cached: as usual, or evicted first, for what is used once.
 enum class Use { AGAIN, ONCE };
 
+#define NOTHING make_uint4(0, 0, 0, 0)
+
 template <Use USE> __device__ __forceinline__ uint4 load_16(const void *p) {
     if constexpr (USE == Use::ONCE)
         return load_streaming(p);
@@ -68,85 +70,49 @@ template <Use USE> __device__ __forceinline__ void store_16(void *p, uint4 word)
         *static_cast<uint4 *>(p) = word;
 }
 
-__device__ __forceinline__ void unpack_bf16(float *v, unsigned word) {
-    v[0] = __uint_as_float(word << 16);
-    v[1] = __uint_as_float(word & 0xFFFF0000u);
+// 16 bytes of T, the first element lowest, as float32.
+template <typename T> __device__ __forceinline__ void unpack(float *v, uint4 word);
+template <> __device__ __forceinline__ void unpack<float>(float *v, uint4 word) {
+    v[0] = __uint_as_float(word.x), v[1] = __uint_as_float(word.y);
+    v[2] = __uint_as_float(word.z), v[3] = __uint_as_float(word.w);
+}
+template <> __device__ __forceinline__ void unpack<bf16>(float *v, uint4 word) {
+    v[0] = __uint_as_float(word.x << 16), v[1] = __uint_as_float(word.x & 0xFFFF0000u);
+    v[2] = __uint_as_float(word.y << 16), v[3] = __uint_as_float(word.y & 0xFFFF0000u);
+    v[4] = __uint_as_float(word.z << 16), v[5] = __uint_as_float(word.z & 0xFFFF0000u);
+    v[6] = __uint_as_float(word.w << 16), v[7] = __uint_as_float(word.w & 0xFFFF0000u);
 }
 
-// N elements from p on, one or a multiple of 16 bytes at such an address, as float32.
-template <int N, Use USE = Use::AGAIN> __device__ __forceinline__ void load(float (&v)[N], const float *p) {
-    static_assert(N == 1 || N % 4 == 0, "one element or whole 16 bytes");
-    if constexpr (N == 1) {
-        v[0] = *p;
-    } else {
-#pragma unroll
-        for (int i = 0; i < N; i += 4) {
-            uint4 word = load_16<USE>(p + i);
-            v[i] = __uint_as_float(word.x), v[i + 1] = __uint_as_float(word.y);
-            v[i + 2] = __uint_as_float(word.z), v[i + 3] = __uint_as_float(word.w);
-        }
-    }
+// The other way, each element rounded to nearest.
+template <typename T> __device__ __forceinline__ uint4 pack(const float *v);
+template <> __device__ __forceinline__ uint4 pack<float>(const float *v) {
+    return make_uint4(__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3]));
+}
+template <> __device__ __forceinline__ uint4 pack<bf16>(const float *v) {
+    return make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]));
 }
 
-template <int N, Use USE = Use::AGAIN> __device__ __forceinline__ void load(float (&v)[N], const bf16 *p) {
-    static_assert(N == 1 || N % 8 == 0, "one element or whole 16 bytes");
+// N elements from p on, one or a multiple of 16 bytes at such an address.
+template <int N, Use USE = Use::AGAIN, typename T> __device__ __forceinline__ void load(float (&v)[N], const T *p) {
+    constexpr int WIDTH = 16 / sizeof(T);
+    static_assert(N == 1 || N % WIDTH == 0, "one element or whole 16 bytes");
     if constexpr (N == 1) {
         v[0] = to_float(*p);
     } else {
 #pragma unroll
-        for (int i = 0; i < N; i += 8) {
-            uint4 word = load_16<USE>(p + i);
-            unpack_bf16(v + i, word.x), unpack_bf16(v + i + 2, word.y);
-            unpack_bf16(v + i + 4, word.z), unpack_bf16(v + i + 6, word.w);
-        }
+        for (int i = 0; i < N; i += WIDTH) unpack<T>(v + i, load_16<USE>(p + i));
     }
 }
 
-// The other way, each element rounded to nearest.
-template <int N, Use USE = Use::AGAIN> __device__ __forceinline__ void store(float *p, const float (&v)[N]) {
-    static_assert(N == 1 || N % 4 == 0, "one element or whole 16 bytes");
+template <int N, Use USE = Use::AGAIN, typename T> __device__ __forceinline__ void store(T *p, const float (&v)[N]) {
+    constexpr int WIDTH = 16 / sizeof(T);
+    static_assert(N == 1 || N % WIDTH == 0, "one element or whole 16 bytes");
     if constexpr (N == 1) {
-        *p = v[0];
+        *p = from_float<T>(v[0]);
     } else {
 #pragma unroll
-        for (int i = 0; i < N; i += 4)
-            store_16<USE>(p + i, make_uint4(__float_as_uint(v[i]), __float_as_uint(v[i + 1]), __float_as_uint(v[i + 2]),
-                                            __float_as_uint(v[i + 3])));
+        for (int i = 0; i < N; i += WIDTH) store_16<USE>(p + i, pack<T>(v + i));
     }
-}
-
-template <int N, Use USE = Use::AGAIN> __device__ __forceinline__ void store(bf16 *p, const float (&v)[N]) {
-    static_assert(N == 1 || N % 8 == 0, "one element or whole 16 bytes");
-    if constexpr (N == 1) {
-        *p = from_float<bf16>(v[0]);
-    } else {
-#pragma unroll
-        for (int i = 0; i < N; i += 8)
-            store_16<USE>(p + i, make_uint4(pack_bf16(v[i], v[i + 1]), pack_bf16(v[i + 2], v[i + 3]),
-                                            pack_bf16(v[i + 4], v[i + 5]), pack_bf16(v[i + 6], v[i + 7])));
-    }
-}
-
-// The same where only `left` elements are there: what is beyond reads as 0 and is not written.
-template <int N, Use USE = Use::AGAIN, typename T>
-__device__ __forceinline__ void load_some(float (&v)[N], const T *p, long long left) {
-    if (left >= N) {
-        load<N, USE>(v, p);
-        return;
-    }
-#pragma unroll
-    for (int i = 0; i < N; i++) v[i] = i < left ? to_float(p[i]) : 0.0f;
-}
-
-template <int N, Use USE = Use::AGAIN, typename T>
-__device__ __forceinline__ void store_some(T *p, const float (&v)[N], long long left) {
-    if (left >= N) {
-        store<N, USE>(p, v);
-        return;
-    }
-#pragma unroll
-    for (int i = 0; i < N; i++)
-        if (i < left) p[i] = from_float<T>(v[i]);
 }
 
 // ---- reductions ----------------------------------------------------------------------------------
@@ -179,6 +145,7 @@ __device__ __forceinline__ T group_reduce(T value, T *scratch, int warp, int fir
     scratch[warp] = value;
     __syncthreads();
     value = scratch[first];
+#pragma unroll 1
     for (int i = 1; i < warps; i++) value = Op()(value, scratch[first + i]);
     return value;
 }

@@ -37,23 +37,23 @@ __device__ __forceinline__ void forward(floatX *total, floatX *out, float *mean,
     Place at;
     int packs = at.row < M ? C / PACK : 0;
     size_t start = static_cast<size_t>(at.row) * C;
-    float v[HELD][PACK], u[HELD][PACK];
-
+    uint4 first[HELD], second[HELD]; // nothing is unpacked before all is on its way
 #pragma unroll
     for (int k = 0; k < HELD; k++) {
         int i = threadIdx.x + k * blockDim.x;
-        if (i >= packs) continue;
-        load<PACK>(v[k], x + start + i * PACK);
-        if (RESIDUAL) load<PACK>(u[k], branch + start + i * PACK);
+        first[k] = i < packs ? load_16<Use::AGAIN>(x + start + i * PACK) : NOTHING;
+        if (RESIDUAL) second[k] = i < packs ? load_16<Use::AGAIN>(branch + start + i * PACK) : NOTHING;
     }
-    float sum = 0.0f;
+    float v[HELD][PACK], u[PACK], sum = 0.0f;
 #pragma unroll
     for (int k = 0; k < HELD; k++) {
         int i = threadIdx.x + k * blockDim.x;
+        unpack<floatX>(v[k], first[k]);
+        if (RESIDUAL) unpack<floatX>(u, second[k]);
         if (i >= packs) continue;
 #pragma unroll
         for (int j = 0; j < PACK; j++) {
-            if (RESIDUAL) v[k][j] = as_stored<floatX>(v[k][j] + u[k][j]);
+            if (RESIDUAL) v[k][j] = as_stored<floatX>(v[k][j] + u[j]);
             sum += v[k][j];
         }
         if (RESIDUAL) store<PACK>(total + start + i * PACK, v[k]);
@@ -143,26 +143,29 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)
         int packs = row < stop ? C / PACK : 0;
         size_t start = static_cast<size_t>(row) * C;
         float m = row < stop ? mean[row] : 0.0f, r = row < stop ? rstd[row] : 0.0f;
-        float d[HELD][PACK], n[HELD][PACK], before[HELD][PACK], scale[HELD][PACK];
+        uint4 first[HELD], second[HELD], third[HELD]; // nothing is unpacked before all is on its way
+#pragma unroll
+        for (int k = 0; k < HELD; k++) {
+            int i = threadIdx.x + k * blockDim.x;
+            first[k] = i < packs ? load_16<Use::AGAIN>(dout + start + i * PACK) : NOTHING;
+            second[k] = i < packs ? load_16<Use::AGAIN>(x + start + i * PACK) : NOTHING;
+            third[k] = i < packs ? load_16<Use::AGAIN>(dx + start + i * PACK) : NOTHING;
+        }
+        float d[HELD][PACK], n[HELD][PACK], before[HELD][PACK], scale[PACK], sum = 0.0f, product = 0.0f;
 #pragma unroll
         for (int k = 0; k < HELD; k++) {
             int i = threadIdx.x + k * blockDim.x;
             if (i >= packs) continue;
-            load<PACK>(d[k], dout + start + i * PACK);
-            load<PACK>(n[k], x + start + i * PACK);
-            load<PACK>(before[k], dx + start + i * PACK);
-            load<PACK>(scale[k], w + i * PACK);
-        }
-        float sum = 0.0f, product = 0.0f;
-#pragma unroll
-        for (int k = 0; k < HELD; k++) {
-            if (threadIdx.x + k * blockDim.x >= packs) continue;
+            unpack<floatX>(d[k], first[k]);
+            unpack<floatX>(n[k], second[k]);
+            unpack<floatX>(before[k], third[k]);
+            load<PACK>(scale, w + i * PACK);
 #pragma unroll
             for (int j = 0; j < PACK; j++) {
                 n[k][j] = (n[k][j] - m) * r;
                 dw[k][j] += d[k][j] * n[k][j];
                 db[k][j] += d[k][j];
-                d[k][j] *= scale[k][j]; // g from here on
+                d[k][j] *= scale[j]; // g from here on
                 sum += d[k][j];
                 product += d[k][j] * n[k][j];
             }

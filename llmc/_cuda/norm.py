@@ -58,9 +58,9 @@ def residual_layernorm_forward(
     total: DeviceArray, out: DeviceArray, mean: DeviceArray, rstd: DeviceArray, x: DeviceArray, branch: DeviceArray,
     w: DeviceArray, b: DeviceArray, eps: float,
 ) -> None:  # fmt: skip
+    M, C = _check_forward(out, mean, rstd, x, w, b)
     check.expect("total", check.cube("total", total).shape, x.shape)
     check.expect("branch", check.cube("branch", branch).shape, x.shape)
-    M, C = _check_forward(out, mean, rstd, x, w, b)
     if block := _block(C, total, out, x, branch, w, b):
         RESIDUAL(blocks(M, block[1]), block, total, out, mean, rstd, x, branch, w, b, M, C, eps)
     else:
