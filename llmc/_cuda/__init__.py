@@ -31,6 +31,8 @@ _MODULES = {
     "optimizer": ("global_norm", "clip_scale", "adamw_step"),
     "philox": ("normal",),
 }
+__all__ = ["configure", "elapsed", "empty", "fetch", "info", "memory", "record", "reserve", "stamp", "workspace_nbytes"]
+
 _loaded = {
     name: importlib.import_module(f"llmc._cuda.{name}")
     for name in _MODULES

@@ -95,6 +95,7 @@ class NVRTC:
         self._call("nvrtcVersion", byref(major), byref(minor))
         self.version = (major.value, minor.value)
         self.name = f"NVRTC {major.value}.{minor.value}"
+        self.identity = _identity(self.name, path)
 
     def _call(self, function: str, *arguments: Any) -> None:
         if status := getattr(self._library, function)(*arguments):
@@ -149,6 +150,7 @@ class NVCC:
             raise DeviceError(f"{path} --version does not say which release it is")
         self.version = (int(found[1]), int(found[2]))
         self.name = f"nvcc {found[1]}.{found[2]}"
+        self.identity = _identity(self.name, path)
 
     def architectures(self) -> list[int]:
         said = subprocess.run([self.path, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
@@ -163,6 +165,15 @@ class NVCC:
             if done.returncode:
                 raise compile_error(log, file, self.name)
             return Compiled(cubin.read_bytes(), log)
+
+
+def _identity(name: str, path: str) -> str:
+    """A compiler as the cache knows it: two of one version may differ (the tests' makes no code for a GPU)."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return f"{name} {path}"  # of the loader's
+    return f"{name} {os.path.realpath(path)} {found.st_size} {found.st_mtime_ns}"
 
 
 def compile_error(log: str, file: str, compiler: str) -> DeviceError:
@@ -242,7 +253,7 @@ def cubin(file: str, architecture: str, bf16: bool) -> bytes:
     compiler = find()
     given = options(architecture, bf16)
     source = (FOLDER / f"{file}.cu").read_text("utf-8")
-    parts = [compiler.name, *given, file, source, *(text for header in sorted(headers().items()) for text in header)]
+    parts = [compiler.identity, *given, file, source, *(text for header in sorted(headers().items()) for text in header)]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()
     path = cache_folder() / f"{file}-{architecture}-{key[:32]}.cubin"
     if (kept := _read(path)) is not None:

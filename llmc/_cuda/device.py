@@ -593,6 +593,7 @@ def fetch(x: DeviceArray) -> Callable[[], np.ndarray[Any, Any]]:
     wait = opened.fetches.begin(x.ptr, x.shape, x.dtype)
 
     def fetched() -> np.ndarray[Any, Any]:
+        not_captured("waiting for what was fetched")
         if opened is not _opened:
             _the()
             raise DeviceError("fetch: the GPU was closed in between")
