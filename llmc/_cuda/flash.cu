@@ -24,66 +24,87 @@
 namespace {
 
 constexpr int WARPS = 4, THREADS = 32 * WARPS;
-constexpr float LOG2E = 1.4426950408889634f;
 
-// ---- tiles in shared memory
-// -------------------------------------------------------------------------------------------
+// ---- tiles in shared memory, named by the byte where they begin, a multiple of 128 -------------------------------
 
-// Where the 8 numbers from column 8 chunk of a row lie in a tile of D columns. The chunks of a row change places so
+__device__ __forceinline__ char *shared_at(unsigned offset) {
+    SHARED(char, shared);
+    return shared + offset;
+}
+
+// Where the 8 numbers from column 8 chunk of a row lie in a tile of D columns.  The chunks of a row change places so
 // that ldmatrix, which reads the same chunk of 8 rows at a time, finds them in different banks.
-template <int D> __device__ __forceinline__ int place(int row, int chunk) {
-    constexpr int CHUNKS = D / 8, TURNS = CHUNKS < 8 ? CHUNKS : 8;
-    return (row * CHUNKS + (chunk ^ (row / (8 / TURNS) % TURNS))) * 8;
+template <int D> __device__ __forceinline__ unsigned place(unsigned row, unsigned chunk) {
+    constexpr unsigned CHUNKS = D / 8, TURNS = CHUNKS < 8 ? CHUNKS : 8;
+    return (row * CHUNKS + (chunk ^ (row / (8 / TURNS) % TURNS))) * 16;
+}
+
+// The same for a place that is `down` rows below and `right` chunks right of `from`: multiples of 16 and of 2.  As
+// these are constants, an exclusive or and a displacement remain.
+template <int D> __device__ __forceinline__ unsigned move(unsigned from, unsigned down, unsigned right) {
+    constexpr unsigned CHUNKS = D / 8, TURNS = CHUNKS < 8 ? CHUNKS : 8;
+    return (from ^ right % TURNS * 16) + (down * CHUNKS + right / TURNS * TURNS) * 16;
 }
 
 // Begins to copy ROWS rows, of which the first `present` exist; the others become 0.
 template <int D, int ROWS>
-__device__ __forceinline__ void load_tile(bf16 *tile, const bf16 *rows, int stride, int present) {
-    constexpr int CHUNKS = D / 8;
+__device__ __forceinline__ void load_tile(unsigned tile, const bf16 *rows, int stride, int present) {
+    constexpr int CHUNKS = D / 8, STEP = THREADS / CHUNKS; // rows that the block copies at a time
+    const unsigned row = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
+    rows += chunk * 8;
 #pragma unroll
-    for (int i = threadIdx.x; i < ROWS * CHUNKS; i += THREADS) {
-        const int row = i / CHUNKS, chunk = i % CHUNKS;
-        const bool there = row < present;
-        cp_async_16(tile + place<D>(row, chunk), rows + (long long)(there ? row : 0) * stride + chunk * 8,
-                    there ? 16 : 0);
-    }
+    for (int i = 0; i < ROWS; i += STEP)
+        if (ROWS % STEP == 0 || i + row < ROWS) {
+            const bool there = (int)(i + row) < present;
+            cp_async_16(shared_at(tile + place<D>(i + row, chunk)), rows + (long long)(there ? i + row : 0) * stride,
+                        there ? 16 : 0);
+        }
 }
 
-// The 16 x 16 block at (row, column) as this lane's registers: quarters top left, bottom left, top right, bottom right.
-// That is a left operand; or, as rows of a right operand's transpose, [0] and [2] its columns 0 to 7, [1] and [3] 8
-// to 15.
-template <int D> __device__ __forceinline__ void load_block(unsigned (&r)[4], const bf16 *tile, int row, int column) {
-    const int lane = threadIdx.x % 32;
-    ldmatrix_x4(r, tile + place<D>(row + lane % 16, column / 8 + lane / 16));
+// The same of one number a row.
+template <int ROWS> __device__ __forceinline__ void load_statistics(unsigned to, const float *from, int present) {
+    const bool there = (int)threadIdx.x < present;
+    if (threadIdx.x < ROWS)
+        cp_async_4(shared_at(to + 4 * threadIdx.x), from + (there ? threadIdx.x : 0), there ? 4 : 0);
 }
 
-// The same block as a right operand: [0] and [1] are its columns 0 to 7, [2] and [3] its columns 8 to 15.
-template <int D>
-__device__ __forceinline__ void load_block_trans(unsigned (&r)[4], const bf16 *tile, int row, int column) {
-    const int lane = threadIdx.x % 32;
-    ldmatrix_x4_trans(r, tile + place<D>(row + lane % 16, column / 8 + lane / 16));
+// What a lane points ldmatrix at, in a block of 16 x 16 at the start of a tile: for a left operand, quarters top left,
+// bottom left, top right, bottom right, and so for a right operand, read transposed ...
+template <int D> __device__ __forceinline__ unsigned lane_columns() {
+    const unsigned lane = threadIdx.x % 32;
+    return place<D>(lane % 16, lane / 16);
 }
 
-// Rows first to first + 16 M - 1 of a tile as left operands. Kept for the whole kernel where registers allow, else read
-// again for each product.
+// ... and for the block's transpose as a right operand: either way a right operand's columns 0 to 7 are registers 0 and
+// 1, its columns 8 to 15 registers 2 and 3 (the product wants pairs side by side).
+template <int D> __device__ __forceinline__ unsigned lane_rows() {
+    const unsigned lane = threadIdx.x % 32;
+    return place<D>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+}
+
+// The warp's 16 M rows of a tile, of which `rows` is the first, as left operands.  Kept for the whole kernel where
+// registers allow, else read again for each product.
 template <int D, int M, bool KEEP> struct Left {
+    unsigned rows;
     unsigned kept[KEEP ? D / 16 : 1][M][4];
 
-    __device__ __forceinline__ void load(const bf16 *tile, int first) {
+    __device__ __forceinline__ void begin(unsigned tile, int first) {
+        rows = tile + first * (D * 2);
         if (KEEP) {
 #pragma unroll
-            for (int k = 0; k < D / 16; k++) read(k, tile, first, k);
+            for (int k = 0; k < D / 16; k++) read(k, k);
         }
     }
 
-    __device__ __forceinline__ const unsigned (&get(const bf16 *tile, int first, int k))[M][4] {
-        if (!KEEP) read(0, tile, first, k);
+    __device__ __forceinline__ const unsigned (&get(int k))[M][4] {
+        if (!KEEP) read(0, k);
         return kept[KEEP ? k : 0];
     }
 
-    __device__ __forceinline__ void read(int slot, const bf16 *tile, int first, int k) {
+    __device__ __forceinline__ void read(int slot, int k) {
 #pragma unroll
-        for (int m = 0; m < M; m++) load_block<D>(kept[slot][m], tile, first + 16 * m, 16 * k);
+        for (int m = 0; m < M; m++)
+            ldmatrix_x4(kept[slot][m], shared_at(move<D>(rows + lane_columns<D>(), 16 * m, 2 * k)));
     }
 };
 
@@ -98,20 +119,20 @@ template <int M, int N> __device__ __forceinline__ void clear(float (&x)[M][N][4
 
 // s = left right^T: the warp's 16 M rows of one tile by the BN rows of another, over D columns.
 template <int D, int BN, int M, bool KEEP>
-__device__ __forceinline__ void multiply_rows(float (&s)[M][BN / 8][4], Left<D, M, KEEP> &left, const bf16 *tile,
-                                              int first, const bf16 *right) {
+__device__ __forceinline__ void multiply_rows(float (&s)[M][BN / 8][4], Left<D, M, KEEP> &left, unsigned right) {
+    right += lane_rows<D>();
     clear(s);
 #pragma unroll
     for (int k = 0; k < D / 16; k++) {
-        const unsigned(&a)[M][4] = left.get(tile, first, k);
+        const unsigned(&a)[M][4] = left.get(k);
 #pragma unroll
         for (int n = 0; n < BN / 16; n++) {
             unsigned b[4];
-            load_block<D>(b, right, 16 * n, 16 * k);
+            ldmatrix_x4(b, shared_at(move<D>(right, 16 * n, 2 * k)));
 #pragma unroll
             for (int m = 0; m < M; m++) {
-                mma_bf16(s[m][2 * n], a[m], b[0], b[2]);
-                mma_bf16(s[m][2 * n + 1], a[m], b[1], b[3]);
+                mma_bf16(s[m][2 * n], a[m], b[0], b[1]);
+                mma_bf16(s[m][2 * n + 1], a[m], b[2], b[3]);
             }
         }
     }
@@ -120,7 +141,8 @@ __device__ __forceinline__ void multiply_rows(float (&s)[M][BN / 8][4], Left<D, 
 // sum += p right: p, rounded to bf16, are the sums of `multiply_rows`; right has BN rows of D columns.
 template <int D, int BN, int M>
 __device__ __forceinline__ void multiply_add(float (&sum)[M][D / 8][4], const float (&p)[M][BN / 8][4],
-                                             const bf16 *right) {
+                                             unsigned right) {
+    right += lane_columns<D>();
 #pragma unroll
     for (int k = 0; k < BN / 16; k++) {
         unsigned a[M][4];
@@ -132,7 +154,7 @@ __device__ __forceinline__ void multiply_add(float (&sum)[M][D / 8][4], const fl
 #pragma unroll
         for (int n = 0; n < D / 16; n++) {
             unsigned b[4];
-            load_block_trans<D>(b, right, 16 * k, 16 * n);
+            ldmatrix_x4_trans(b, shared_at(move<D>(right, 16 * k, 2 * n)));
 #pragma unroll
             for (int m = 0; m < M; m++) {
                 mma_bf16(sum[m][2 * n], a[m], b[0], b[1]);
@@ -146,7 +168,7 @@ __device__ __forceinline__ void multiply_add(float (&sum)[M][D / 8][4], const fl
 // through the warp's own rows of a tile that nobody else reads.
 template <int D, int M>
 __device__ __forceinline__ void store_rows(bf16 *out, int stride, int present, const float (&sum)[M][D / 8][4],
-                                           const float (&factor)[M][2], bf16 *tile, int first) {
+                                           const float (&factor)[M][2], unsigned tile, int first) {
     constexpr int CHUNKS = D / 8;
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     __syncwarp();
@@ -157,7 +179,7 @@ __device__ __forceinline__ void store_rows(bf16 *out, int stride, int present, c
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const float f = factor[m][half];
-                unsigned *to = (unsigned *)(tile + place<D>(first + 16 * m + 8 * half + g, n));
+                unsigned *to = (unsigned *)shared_at(tile + place<D>(first + 16 * m + 8 * half + g, n));
                 to[t] = pack_bf16(sum[m][n][2 * half] * f, sum[m][n][2 * half + 1] * f);
             }
     __syncwarp();
@@ -165,7 +187,8 @@ __device__ __forceinline__ void store_rows(bf16 *out, int stride, int present, c
     for (int i = lane; i < 16 * M * CHUNKS; i += 32) {
         const int row = first + i / CHUNKS, chunk = i % CHUNKS;
         if (row < present)
-            *(uint4 *)(out + (long long)row * stride + chunk * 8) = *(const uint4 *)(tile + place<D>(row, chunk));
+            *(uint4 *)(out + (long long)row * stride + chunk * 8) =
+                *(const uint4 *)shared_at(tile + place<D>(row, chunk));
     }
 }
 
@@ -194,8 +217,8 @@ __device__ __forceinline__ Task task(int heads, int group, int ranks) {
 template <int D, int BM, int BN>
 __device__ __forceinline__ void forward(bf16 *out, float *lse, const bf16 *qkv, int T, int H, int heads, int group) {
     constexpr int M = BM / WARPS / 16;
-    SHARED(uint4, shared);
-    bf16 *q_tile = (bf16 *)shared, *k_tiles = q_tile + BM * D, *v_tiles = k_tiles + 2 * BN * D;
+    constexpr unsigned OWN = BM * D * 2, OTHER = BN * D * 2; // bytes of a tile
+    constexpr unsigned q_tile = 0, k_tiles = OWN, v_tiles = k_tiles + 2 * OTHER;
     const int blocks = (T + BM - 1) / BM;
     const Task own = task(heads, group, blocks);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -218,21 +241,21 @@ __device__ __forceinline__ void forward(bf16 *out, float *lse, const bf16 *qkv, 
     Left<D, M, (M * D <= 128)> q;
     cp_async_wait<0>();
     __syncthreads();
-    q.load(q_tile, first);
+    q.begin(q_tile, first);
 
 #pragma unroll 1
     for (int j = 0; j < tiles; j++) {
         const int k0 = j * BN;
-        const bf16 *k_tile = k_tiles + j % 2 * BN * D, *v_tile = v_tiles + j % 2 * BN * D;
+        const unsigned stage = j % 2 * OTHER, other = OTHER - stage;
         if (j + 1 < tiles) {
             const long long next = (long long)(k0 + BN) * stride;
-            load_tile<D, BN>(k_tiles + (j + 1) % 2 * BN * D, keys + next, stride, T - k0 - BN);
-            load_tile<D, BN>(v_tiles + (j + 1) % 2 * BN * D, values + next, stride, T - k0 - BN);
+            load_tile<D, BN>(k_tiles + other, keys + next, stride, T - k0 - BN);
+            load_tile<D, BN>(v_tiles + other, values + next, stride, T - k0 - BN);
             cp_async_commit();
         }
         if (k0 < row0 + 16 * M) { // else all of it is these rows' future
             float s[M][BN / 8][4];
-            multiply_rows<D, BN>(s, q, q_tile, first, k_tile);
+            multiply_rows<D, BN>(s, q, k_tiles + stage);
             if (k0 + BN - 1 > row0) {
 #pragma unroll
                 for (int m = 0; m < M; m++)
@@ -265,7 +288,7 @@ __device__ __forceinline__ void forward(bf16 *out, float *lse, const bf16 *qkv, 
 #pragma unroll
                     for (int n = 0; n < D / 8; n++) sum[m][n][2 * half] *= keep, sum[m][n][2 * half + 1] *= keep;
                 }
-            multiply_add<D, BN>(sum, s, v_tile);
+            multiply_add<D, BN>(sum, s, v_tiles + stage);
         }
         cp_async_wait<0>();
         __syncthreads();
@@ -296,9 +319,8 @@ __device__ __forceinline__ void backward_queries(bf16 *dqkv, float *delta, const
                                                  int group) {
     constexpr int M = BM / WARPS / 16, CHUNKS = D / 8;
     constexpr bool KEEP = M * D <= 64;
-    SHARED(uint4, shared);
-    bf16 *q_tile = (bf16 *)shared, *do_tile = q_tile + BM * D, *k_tiles = do_tile + BM * D;
-    bf16 *v_tiles = k_tiles + 2 * BN * D;
+    constexpr unsigned OWN = BM * D * 2, OTHER = BN * D * 2;
+    constexpr unsigned q_tile = 0, do_tile = OWN, k_tiles = 2 * OWN, v_tiles = k_tiles + 2 * OTHER;
     const int blocks = (T + BM - 1) / BM;
     const Task own = task(heads, group, blocks);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -347,26 +369,26 @@ __device__ __forceinline__ void backward_queries(bf16 *dqkv, float *delta, const
         }
     float sum[M][D / 8][4];
     clear(sum);
-    Left<D, M, KEEP> q, dq_out;
+    Left<D, M, KEEP> q, o;
     cp_async_wait<0>();
     __syncthreads();
-    q.load(q_tile, first);
-    dq_out.load(do_tile, first);
+    q.begin(q_tile, first);
+    o.begin(do_tile, first);
 
 #pragma unroll 1
     for (int j = 0; j < tiles; j++) {
         const int k0 = j * BN;
-        const bf16 *k_tile = k_tiles + j % 2 * BN * D, *v_tile = v_tiles + j % 2 * BN * D;
+        const unsigned stage = j % 2 * OTHER, other = OTHER - stage;
         if (j + 1 < tiles) {
             const long long next = (long long)(k0 + BN) * stride;
-            load_tile<D, BN>(k_tiles + (j + 1) % 2 * BN * D, keys + next, stride, T - k0 - BN);
-            load_tile<D, BN>(v_tiles + (j + 1) % 2 * BN * D, values + next, stride, T - k0 - BN);
+            load_tile<D, BN>(k_tiles + other, keys + next, stride, T - k0 - BN);
+            load_tile<D, BN>(v_tiles + other, values + next, stride, T - k0 - BN);
             cp_async_commit();
         }
         if (k0 < row0 + 16 * M) {
             float s[M][BN / 8][4], dp[M][BN / 8][4];
-            multiply_rows<D, BN>(s, q, q_tile, first, k_tile);
-            multiply_rows<D, BN>(dp, dq_out, do_tile, first, v_tile);
+            multiply_rows<D, BN>(s, q, k_tiles + stage);
+            multiply_rows<D, BN>(dp, o, v_tiles + stage);
             if (k0 + BN - 1 > row0) {
 #pragma unroll
                 for (int m = 0; m < M; m++)
@@ -385,7 +407,7 @@ __device__ __forceinline__ void backward_queries(bf16 *dqkv, float *delta, const
                         const float p = exp2_approx(fmaf(s[m][n][e], c, -shift[m][e / 2]));
                         s[m][n][e] = p * (dp[m][n][e] - own_delta[m][e / 2]);
                     }
-            multiply_add<D, BN>(sum, s, k_tile);
+            multiply_add<D, BN>(sum, s, k_tiles + stage);
         }
         cp_async_wait<0>();
         __syncthreads();
@@ -399,10 +421,9 @@ template <int D, int BM, int BN, bool KEYS, bool VALUES>
 __device__ __forceinline__ void backward_keys(bf16 *dqkv, const bf16 *dout, const bf16 *qkv, const float *lse,
                                               const float *delta, int T, int H, int heads, int group) {
     constexpr int M = BM / WARPS / 16;
-    SHARED(uint4, shared);
-    bf16 *k_tile = (bf16 *)shared, *v_tile = k_tile + BM * D;
-    bf16 *q_tiles = v_tile + (KEYS ? BM * D : 0), *do_tiles = q_tiles + 2 * BN * D;
-    float *shifts = (float *)(do_tiles + 2 * BN * D), *deltas = shifts + 2 * BN;
+    constexpr unsigned OWN = BM * D * 2, OTHER = BN * D * 2, STATISTICS = BN * 4;
+    constexpr unsigned k_tile = 0, v_tile = OWN, q_tiles = v_tile + (KEYS ? OWN : 0), do_tiles = q_tiles + 2 * OTHER;
+    constexpr unsigned lses = do_tiles + 2 * OTHER, deltas = lses + 2 * STATISTICS;
     const int blocks = (T + BM - 1) / BM;
     const Task own = task(heads, group, blocks);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -417,34 +438,30 @@ __device__ __forceinline__ void backward_keys(bf16 *dqkv, const bf16 *dout, cons
     if (KEYS) load_tile<D, BM>(v_tile, values + (long long)k0 * stride, stride, T - k0);
     load_tile<D, BN>(q_tiles, queries + (long long)k0 * stride, stride, T - k0);
     load_tile<D, BN>(do_tiles, douts + (long long)k0 * C, C, T - k0);
+    load_statistics<BN>(lses, lse + k0, T - k0);
+    load_statistics<BN>(deltas, delta + k0, T - k0);
     cp_async_commit();
     float dk[M][KEYS ? D / 8 : 1][4], dv[M][VALUES ? D / 8 : 1][4];
     clear(dk), clear(dv);
-    float next_shift = INFINITY, next_delta = 0.0f; // of this thread's query in the tile to come; P = 0 where none is
-    if (threadIdx.x < BN) {
-        if (k0 + (int)threadIdx.x < T) next_shift = lse[k0 + threadIdx.x] * LOG2E, next_delta = delta[k0 + threadIdx.x];
-        shifts[threadIdx.x] = next_shift, deltas[threadIdx.x] = next_delta;
-    }
+    Left<D, M, false> k, v;
+    k.begin(k_tile, first);
+    v.begin(v_tile, first);
     cp_async_wait<0>();
     __syncthreads();
 
 #pragma unroll 1
     for (int q0 = k0, stage = 0; q0 < T; q0 += BN, stage ^= 1) {
-        const bf16 *q_tile = q_tiles + stage * BN * D, *do_tile = do_tiles + stage * BN * D;
         const int next = q0 + BN;
         if (next < T) {
-            load_tile<D, BN>(q_tiles + (stage ^ 1) * BN * D, queries + (long long)next * stride, stride, T - next);
-            load_tile<D, BN>(do_tiles + (stage ^ 1) * BN * D, douts + (long long)next * C, C, T - next);
+            load_tile<D, BN>(q_tiles + (stage ^ 1) * OTHER, queries + (long long)next * stride, stride, T - next);
+            load_tile<D, BN>(do_tiles + (stage ^ 1) * OTHER, douts + (long long)next * C, C, T - next);
+            load_statistics<BN>(lses + (stage ^ 1) * STATISTICS, lse + next, T - next);
+            load_statistics<BN>(deltas + (stage ^ 1) * STATISTICS, delta + next, T - next);
             cp_async_commit();
-        }
-        if (threadIdx.x < BN) {
-            const int row = next + threadIdx.x;
-            next_shift = row < T ? lse[row] : INFINITY, next_delta = row < T ? delta[row] : 0.0f;
         }
         if (q0 + BN > row0) { // else all of it is before these keys
             float s[M][BN / 8][4];
-            Left<D, M, false> k;
-            multiply_rows<D, BN>(s, k, k_tile, first, q_tile);
+            multiply_rows<D, BN>(s, k, q_tiles + stage * OTHER);
             if (q0 < row0 + 16 * M - 1) {
 #pragma unroll
                 for (int m = 0; m < M; m++)
@@ -456,32 +473,27 @@ __device__ __forceinline__ void backward_keys(bf16 *dqkv, const bf16 *dout, cons
             }
 #pragma unroll
             for (int n = 0; n < BN / 8; n++) {
-                const float2 shift = *(const float2 *)(shifts + stage * BN + 8 * n + 2 * t);
+                const float2 l = *(const float2 *)shared_at(lses + stage * STATISTICS + 4 * (8 * n + 2 * t));
 #pragma unroll
                 for (int m = 0; m < M; m++)
 #pragma unroll
                     for (int e = 0; e < 4; e++)
-                        s[m][n][e] = exp2_approx(fmaf(s[m][n][e], c, e % 2 ? -shift.y : -shift.x));
+                        s[m][n][e] = exp2_approx(fmaf(s[m][n][e], c, -LOG2E * (e % 2 ? l.y : l.x)));
             }
-            if constexpr (VALUES) multiply_add<D, BN>(dv, s, do_tile);
+            if constexpr (VALUES) multiply_add<D, BN>(dv, s, do_tiles + stage * OTHER);
             if constexpr (KEYS) {
                 float dp[M][BN / 8][4];
-                Left<D, M, false> v;
-                multiply_rows<D, BN>(dp, v, v_tile, first, do_tile);
+                multiply_rows<D, BN>(dp, v, do_tiles + stage * OTHER);
 #pragma unroll
                 for (int n = 0; n < BN / 8; n++) {
-                    const float2 d = *(const float2 *)(deltas + stage * BN + 8 * n + 2 * t);
+                    const float2 d = *(const float2 *)shared_at(deltas + stage * STATISTICS + 4 * (8 * n + 2 * t));
 #pragma unroll
                     for (int m = 0; m < M; m++)
 #pragma unroll
                         for (int e = 0; e < 4; e++) s[m][n][e] *= dp[m][n][e] - (e % 2 ? d.y : d.x);
                 }
-                multiply_add<D, BN>(dk, s, q_tile);
+                multiply_add<D, BN>(dk, s, q_tiles + stage * OTHER);
             }
-        }
-        if (threadIdx.x < BN) {
-            shifts[(stage ^ 1) * BN + threadIdx.x] = next_shift * LOG2E;
-            deltas[(stage ^ 1) * BN + threadIdx.x] = next_delta;
         }
         cp_async_wait<0>();
         __syncthreads();
