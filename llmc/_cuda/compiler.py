@@ -253,8 +253,8 @@ def cubin(file: str, architecture: str, bf16: bool) -> bytes:
     compiler = find()
     given = options(architecture, bf16)
     source = (FOLDER / f"{file}.cu").read_text("utf-8")
-    parts = [compiler.identity, *given, file, source, *(text for header in sorted(headers().items()) for text in header)]
-    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    included = [text for header in sorted(headers().items()) for text in header]
+    key = hashlib.sha256("\0".join([compiler.identity, *given, file, source, *included]).encode()).hexdigest()
     path = cache_folder() / f"{file}-{architecture}-{key[:32]}.cubin"
     if (kept := _read(path)) is not None:
         return kept
