@@ -31,7 +31,8 @@ struct Output {
 
 // Pairs, which is what a thread has side by side after mma.sync.
 __device__ __forceinline__ void load(float (&v)[2], const bf16 *p) {
-    unpack_bf16(v, *reinterpret_cast<const unsigned *>(p));
+    unsigned word = *reinterpret_cast<const unsigned *>(p);
+    v[0] = __uint_as_float(word << 16), v[1] = __uint_as_float(word & 0xFFFF0000u);
 }
 __device__ __forceinline__ void load(float (&v)[2], const float *p) {
     float2 word = *reinterpret_cast<const float2 *>(p);
@@ -231,8 +232,8 @@ template <bool ACROSS> __device__ __forceinline__ void copy_operand(floatX *tile
         int left = row + r < m.rows ? m.cols - col - c : 0;
         const floatX *from = left > 0 ? m.x + (row + r) * m.ld + col + c : m.x;
         float v[CHUNK];
-        if (m.aligned) {
-            load_some(v, from, left);
+        if (m.aligned && left >= CHUNK) {
+            load(v, from);
         } else {
 #pragma unroll
             for (int j = 0; j < CHUNK; j++) v[j] = j < left ? from[j] : 0.0f;
