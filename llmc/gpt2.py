@@ -428,6 +428,12 @@ class GPT2:
         self._replay(GPT2._loss_pass)
         return self._mean_loss()
 
+    def begin_loss(self, tokens: Array, targets: Array) -> None:
+        """`loss` without waiting for it: `total` (1,) becomes the mean."""
+        self._begin(tokens, targets)
+        self._replay(GPT2._loss_pass)
+        self.ops.sum_losses(self.total, self._acts.losses, 1.0 / max(1, tokens.size), False)
+
     def _loss_pass(self) -> None:
         self._body()
         a, V = self._acts, self.config.vocab_size

@@ -84,7 +84,7 @@ def test_every_field_is_an_option_and_its_default_is_told() -> None:
         assert option.kind is (int if types[field] is bool else types[field])
         value = getattr(defaults, field)
         if value != "":
-            assert option.help.endswith(f"({int(value) if value is False else value})"), field
+            assert option.help.endswith(f"({int(value) if isinstance(value, bool) else value})"), field
 
 
 def test_short_options_are_llmcs() -> None:
@@ -297,7 +297,7 @@ def test_errors_are_one_line(on_numpy: Path, capsys: pytest.CaptureFixture[str])
         ("train -e stories -i none.bin", "train_data: no file matches 'none.bin'; `llmc data tinyshakespeare`"),
         ("train -t 17", "sequence length: 17 exceeds the model's 16"),
         ("train --out gpt2.bin", "out: gpt2.bin: "),
-        ("train --dtype fp16", "dtype: 'fp16' is unknown; choose from fp32, bf16"),
+        ("train --dtype fp16", "dtype: 'fp16' is unknown; choose from fp32, tf32, bf16"),
         ("train --recompute 1", "recompute: '1' is unknown; choose from none, gelu, gelu+norm, block"),
         ("train --schedule x", "schedule: 'x' is unknown; choose from constant, cosine, linear, wsd"),
         ("sample -e stories --temperature -1", "temperature: must be a number from 0 up"),
@@ -314,8 +314,14 @@ def test_errors_are_one_line(on_numpy: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_device(capsys: pytest.CaptureFixture[str]) -> None:
-    status, _, err = run("train --device cuda", capsys)
-    assert (status, err) == (1, "llmc: error: device: 'cuda' is not available; choose from cpu\n")
+    for device in ("tpu", "cpu:1", "cuda:x", "cuda:-1"):
+        status, _, err = run(f"train --device {device}", capsys)
+        told = f"llmc: error: device: '{device}' is not available; choose from cpu, cuda, cuda:1 ...\n"
+        assert (status, err) == (1, told)
+    status, _, err = run("train --device cpu --gemm own", capsys)
+    assert (status, err) == (1, "llmc: error: gemm: 'own' means nothing on the device 'cpu'\n")
+    status, _, err = run("train --masters 0 --dtype bf16", capsys)
+    assert status == 1 and err.startswith("llmc: error: masters: 0 is for bf16 on a GPU")
 
 
 def test_debug_shows_where(on_numpy: Path) -> None:

@@ -4,7 +4,7 @@
     4  training, ...           what a user does
     3  gpt2, data, ...         the parts, which do not know one another
     2  arena, ops              memory, and the contract
-    1  _cpu                    kernels
+    1  _cpu, _cuda             kernels
     0  errors
 
 Imports are read from the source, those inside functions and under TYPE_CHECKING too.  A new module makes
@@ -35,7 +35,7 @@ FLOORS = {
     "gpt2": 3, "adamw": 3, "schedule": 3, "data": 3, "stories": 3, "tokenizer": 3, "checkpoint": 3,
     "hub": 3, "download": 3, "recipes": 3, "costs": 3,
     "arena": 2, "ops": 2,
-    "_cpu": 1,
+    "_cpu": 1, "_cuda": 1,
     "errors": 0,
 }
 BACKENDS = {"_cpu", "_cuda"}
@@ -205,7 +205,10 @@ def test_modules_are_named_for_what_they_are_about() -> None:
 
 # ---- what costs time is loaded late ----------------------------------------------------------------
 
-HEAVY = ("numpy", "rich", "tiktoken", "safetensors", "ml_dtypes", "huggingface_hub", "torch", "llmc._cpu")
+HEAVY = (
+    "numpy", "rich", "tiktoken", "safetensors", "ml_dtypes", "huggingface_hub", "torch", "pycuda", "llmc._cpu",
+    "llmc._cuda",
+)  # fmt: skip
 LOADED = f"import sys; print('LOADED', *(name for name in {HEAVY!r} if name in sys.modules))"
 
 

@@ -266,6 +266,59 @@ def test_reproducible(shards: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -
     assert all_of(3) != all_of(4)
 
 
+# ---- a device that runs ahead ----------------------------------------------------------------------
+
+
+def running_ahead(log: list[str], **functions: Callable[..., Any]) -> SimpleNamespace:
+    """The reference as a backend whose results are looked at one step later; `log` tells what happens when."""
+
+    def fetch(x: Any) -> Callable[[], Any]:
+        value = x.copy()
+        return lambda: (log.append("read"), value)[1]
+
+    def adamw_step(*arguments: Any) -> None:
+        reference.adamw_step(*arguments)
+        log.append("update")
+
+    info = {**reference.info(), "ahead": 1}
+    return altered(**{"info": lambda: info, "fetch": fetch, "adamw_step": adamw_step, **functions})
+
+
+def test_running_ahead(shards: dict[str, Any]) -> None:
+    """The same events in the same order; each update is sent off before the one before it is read, except where the
+    model is looked at."""
+    options: dict[str, Any] = {"steps": 6, "val_every": 3, "grad_clip": 0.1, "total_batch": 32}
+    expected, log = run(shards, **options), []
+    found = []
+    for event in train(TrainConfig(**{**SMALL, **shards, **options}), new_model(running_ahead(log))):
+        if isinstance(event, Step):
+            log.append(f"step {event.step}")
+        found.append(event)
+    assert results(found) == results(expected)
+    assert [type(event) for event in found] == [type(event) for event in expected]
+    told = [word for word in log if word != "read"]
+    third = ["update", "update", "step 0", "update", "step 1", "step 2"]
+    assert told == [*third, *(word.translate(str.maketrans("012", "345")) for word in third)]
+    assert log.index("read", log.index("update")) > log.index("update", log.index("update") + 1)
+
+
+def test_divergence_while_running_ahead(shards: dict[str, Any], tmp_path: Path) -> None:
+    """Told one update late, and still: not applied, and nothing is saved."""
+    calls = [0]
+
+    def global_norm(norm: Any, x: Any) -> None:
+        reference.global_norm(norm, x)
+        calls[0] += 1
+        if calls[0] == 2:
+            norm[0] = math.inf
+
+    model, out = new_model(running_ahead([], global_norm=global_norm)), tmp_path / "out"
+    config = TrainConfig(**{**SMALL, **shards, "out": str(out)})
+    with pytest.raises(DivergenceError, match="step 1: the gradient norm is inf; the update was not applied"):
+        list(train(config, model))
+    assert not (out / "model.safetensors").exists()
+
+
 # ---- what must never be applied --------------------------------------------------------------------
 
 
@@ -423,7 +476,7 @@ def test_a_failed_start_leaves_no_folder(tmp_path: Path) -> None:
         ({"beta2": 1.0}, "^beta2: must be less than 1"),
         ({"eps": 0.0}, "^eps: "),
         ({"schedule": "cosin"}, "^schedule: 'cosin' is unknown; choose from constant, cosine, linear, wsd"),
-        ({"dtype": "fp16"}, "^dtype: 'fp16' is unknown; choose from fp32, bf16"),
+        ({"dtype": "fp16"}, "^dtype: 'fp16' is unknown; choose from fp32, tf32, bf16"),
         ({"overfit": 2}, "^overfit: must be true or false"),
         ({"val_data": "x.bin"}, "^val_data: is given without train_data"),
         ({"seed": -1}, "^seed: "),

@@ -1,13 +1,48 @@
 """Linear layers, y = x w^T + b, dx = dy w, dw = dy^T x; and `gemm`, the product that the head is made of.
 
 cuBLASLt multiplies (`cublaslt.py`), or with `--gemm own` the kernels of `linear.cu`; all matrices are row-major here.
+What follows a product is done in the same kernel where that pays: a bias always; GELU and its derivative always in the
+own kernels, in cuBLASLt's in bf16 from Hopper on (its older ones and those of float32 are said to be slower than another
+pass over the result); the gradient of a bias in cuBLASLt's product for dw, unless it accumulates, which the library
+cannot.  Products for which the library has no algorithm, as may be for odd sizes, the own kernels make: see `declined`.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from llmc._cuda import activation, check, cublaslt, device
+from llmc._cuda.compiler import Kernel
+from llmc._cuda.device import DeviceArray
+
 Pointer = Any  # a DeviceArray, or an int: a device address
+
+# Of linear.cu: the tile of out, threads, and bytes of shared memory by storage type.
+BM, BN, THREADS = 128, 128, 256
+SHARED = {"float32": 2 * 2 * 16 * 132 * 4, "bfloat16": 3 * 2 * 128 * 40 * 2}
+PLAIN, GELU, DGELU = 0, 1, 2  # enum Finish
+
+WARP = 32
+CHUNKS, CHUNK_ROWS = 128, 256  # sums of columns: at most so many chunks, of at least so many rows
+COLUMNS = 4096  # that are summed at a time; their partial sums are what the workspace is for
+
+HOPPER = (9, 0)
+
+_KERNELS = {
+    (ta, tb): Kernel("linear", f"gemm_{'nt'[ta]}{'nt'[tb]}", "PPPPPiiiqqqiii")
+    for ta in (False, True)
+    for tb in (False, True)
+}
+_partials = Kernel("linear", "column_partials", "PPiiqi")
+_totals = Kernel("linear", "column_totals", "PPiii")
+
+
+def scratch_nbytes(channels: int, vocab_size: int, parameters: int, tokens: int, heads: int) -> int:
+    """Bytes of the workspace for the sums of a bias's gradient."""
+    return _chunks(tokens)[1] * COLUMNS * 4
+
+
+# ---- products --------------------------------------------------------------------------------------
 
 
 def gemm(
@@ -28,4 +63,179 @@ def gemm(
         dw (V,C) += dlogits^T x   gemm(dw, dlogits, x, V, C, n, ta=True, lda=Vp, beta=1)
         dx (n,C) = dlogits w      gemm(dx, dlogits, w, n, C, V, lda=Vp)
     """
-    raise NotImplementedError
+    _product(out, a, b, M, N, K, ta=ta, tb=tb, beta=beta, lda=lda, ldb=ldb, ldo=ldo, single=single)
+
+
+def declined() -> list[str]:
+    """The products that cuBLASLt had no algorithm for, in words."""
+    return _multiplier().declined() if device.gemm == "cublaslt" else []
+
+
+def _product(
+    out: Pointer, a: Pointer, b: Pointer, M: int, N: int, K: int, *, bias: DeviceArray | None = None, **how: Any
+) -> None:
+    """`gemm`, and + bias (N,)."""
+    epilogue = cublaslt.DEFAULT if bias is None else cublaslt.BIAS
+    if not _by_library(out, a, b, M, N, K, epilogue=epilogue, bias=bias, **how):
+        _by_kernel(out, a, b, M, N, K, bias=bias, **how)
+
+
+def _by_library(
+    out: Pointer, a: Pointer, b: Pointer, M: int, N: int, K: int, *, ta: bool = False, tb: bool = False, beta: int = 0,
+    lda: int | None = None, ldb: int | None = None, ldo: int | None = None, single: bool = False,
+    epilogue: int = cublaslt.DEFAULT, bias: DeviceArray | None = None, aux: DeviceArray | None = None,
+) -> bool:
+    """The product by cuBLASLt; False, with nothing done, where it is not to be had.  aux (M,N) is dense."""
+    if device.gemm != "cublaslt" or not M * N * K:
+        return False
+    return _multiplier().matmul(
+        _address(out), _address(a), _address(b), M, N, K, ta=ta, tb=tb, lda=_rows(lda, ta, M, K),
+        ldb=_rows(ldb, tb, K, N), ldo=_rows(ldo, False, M, N), operands=device.storage.name,
+        result="float32" if single else device.storage.name,
+        compute=cublaslt.COMPUTE_32F_FAST_TF32 if device.dtype == "tf32" else cublaslt.COMPUTE_32F, beta=beta,
+        epilogue=epilogue, bias=_address(bias), aux=_address(aux), ldaux=0 if aux is None else N,
+    )  # fmt: skip
+
+
+def _by_kernel(
+    out: Pointer, a: Pointer, b: Pointer, M: int, N: int, K: int, *, ta: bool = False, tb: bool = False, beta: int = 0,
+    lda: int | None = None, ldb: int | None = None, ldo: int | None = None, single: bool = False,
+    finish: int = PLAIN, bias: DeviceArray | None = None, aux: DeviceArray | None = None,
+) -> None:
+    _KERNELS[bool(ta), bool(tb)](
+        (-(-N // BN), -(-M // BM)), THREADS, _address(out), _address(a), _address(b), bias, aux, M, N, K,
+        _rows(lda, ta, M, K), _rows(ldb, tb, K, N), _rows(ldo, False, M, N), finish, int(beta), int(single),
+        shared=SHARED[device.storage.name],
+    )  # fmt: skip
+
+
+def _multiplier() -> cublaslt.Multiplier:
+    held = device.handle().functions
+    if "cublaslt" not in held:
+        held["cublaslt"] = cublaslt.Multiplier(device.library_workspace(), device.stream().handle)
+    return held["cublaslt"]
+
+
+def _address(x: Pointer | None) -> int:
+    return 0 if x is None else x.ptr if isinstance(x, DeviceArray) else x
+
+
+def _rows(ld: int | None, transposed: bool, rows: int, columns: int) -> int:
+    """Elements from row to row in memory of what is (rows, columns) after transposing."""
+    return ld if ld is not None else rows if transposed else columns
+
+
+# ---- sums of columns -------------------------------------------------------------------------------
+
+
+def _chunks(M: int) -> tuple[int, int]:
+    """Rows of a chunk, and how many chunks M rows make."""
+    rows = max(CHUNK_ROWS, -(-M // CHUNKS))
+    return rows, -(-M // rows)
+
+
+def _column_sums(out: DeviceArray, x: DeviceArray, M: int, N: int, accumulate: bool) -> None:
+    """out (N,) (+)= the sums over the rows of x (M,N)."""
+    rows, chunks = _chunks(M)
+    strip = WARP * 16 // x.itemsize
+    for start in range(0, N, COLUMNS):
+        n, offset = min(COLUMNS, N - start), start * x.itemsize
+        partial = device.workspace(chunks * n * 4)
+        _partials((-(-n // strip), chunks), THREADS, partial, x.ptr + offset, M, n, N, rows)
+        _totals(-(-n // WARP), THREADS, out.ptr + offset, partial, n, chunks, int(accumulate))
+
+
+# ---- layers ----------------------------------------------------------------------------------------
+
+
+def _check_forward(out: DeviceArray, x: DeviceArray, w: DeviceArray, b: DeviceArray | None) -> tuple[int, int, int]:
+    """M, N, K: tokens, and the widths of out and x."""
+    check.cube("out", out)
+    K, N = check.cube("x", x).shape[2], check.matrix("w", w).shape[0]
+    check.expect("w", w.shape, (N, K))
+    check.expect("out", out.shape, (*x.shape[:2], N))
+    if b is not None:
+        check.expect("b", check.vector("b", b).shape, (N,))
+    return x.shape[0] * x.shape[1], N, K
+
+
+def _check_backward(
+    dx: DeviceArray, dw: DeviceArray, db: DeviceArray | None, dout: DeviceArray, x: DeviceArray, w: DeviceArray,
+    dx_name: str = "dx",
+) -> tuple[int, int, int]:
+    """M, N, K as in the forward pass."""
+    K, N = check.cube("x", x).shape[2], check.matrix("w", w).shape[0]
+    check.cube(dx_name, dx)
+    check.matrix("dw", dw)
+    check.cube("dout", dout)
+    check.expect("w", w.shape, (N, K))
+    check.expect("dw", dw.shape, (N, K))
+    check.expect(dx_name, dx.shape, x.shape)
+    check.expect("dout", dout.shape, (*x.shape[:2], N))
+    if db is not None:
+        check.expect("db", check.vector("db", db).shape, (N,))
+    return x.shape[0] * x.shape[1], N, K
+
+
+def _parameter_gradients(
+    dw: DeviceArray, db: DeviceArray | None, dout: DeviceArray, x: DeviceArray, M: int, N: int, K: int, accumulate: bool
+) -> None:
+    if db is not None and not accumulate:
+        if _by_library(dw, dout, x, N, K, M, ta=True, epilogue=cublaslt.BGRADB, bias=db):
+            return
+    if db is not None:
+        _column_sums(db, dout, M, N, accumulate)
+    _product(dw, dout, x, N, K, M, ta=True, beta=int(accumulate))
+
+
+def _library_fuses_gelu(aux: DeviceArray) -> bool:
+    return (
+        device.gemm == "cublaslt" and device.storage.name == "bfloat16" and device.capability() >= HOPPER
+        and aux.shape[-1] % cublaslt.AUX_LD_MULTIPLE == 0
+    )  # fmt: skip
+
+
+def linear_forward(out: DeviceArray, x: DeviceArray, w: DeviceArray, b: DeviceArray | None) -> None:
+    M, N, K = _check_forward(out, x, w, b)
+    _product(out, x, w, M, N, K, tb=True, bias=b)
+
+
+def linear_backward(
+    dx: DeviceArray, dw: DeviceArray, db: DeviceArray | None, dout: DeviceArray, x: DeviceArray, w: DeviceArray,
+    accumulate: bool,
+) -> None:
+    M, N, K = _check_backward(dx, dw, db, dout, x, w)
+    _parameter_gradients(dw, db, dout, x, M, N, K, accumulate)
+    _product(dx, dout, w, M, K, N)
+
+
+def linear_gelu_forward(
+    out: DeviceArray, pre: DeviceArray, x: DeviceArray, w: DeviceArray, b: DeviceArray | None
+) -> None:
+    M, N, K = _check_forward(out, x, w, b)
+    check.expect("pre", check.cube("pre", pre).shape, out.shape)
+    if device.gemm == "own":
+        _by_kernel(out, x, w, M, N, K, tb=True, bias=b, finish=GELU, aux=pre)
+        return
+    if _library_fuses_gelu(pre):
+        epilogue = cublaslt.GELU_AUX if b is None else cublaslt.GELU_AUX_BIAS
+        if _by_library(out, x, w, M, N, K, tb=True, epilogue=epilogue, bias=b, aux=pre):
+            return
+    _product(pre, x, w, M, N, K, tb=True, bias=b)
+    activation.gelu_forward(out, pre)
+
+
+def gelu_linear_backward(
+    dpre: DeviceArray, dw: DeviceArray, db: DeviceArray | None, dout: DeviceArray, pre: DeviceArray, x: DeviceArray,
+    w: DeviceArray, accumulate: bool,
+) -> None:
+    M, N, K = _check_backward(dpre, dw, db, dout, x, w, "dpre")
+    check.expect("pre", check.cube("pre", pre).shape, x.shape)
+    _parameter_gradients(dw, db, dout, x, M, N, K, accumulate)
+    if device.gemm == "own":
+        _by_kernel(dpre, dout, w, M, K, N, finish=DGELU, aux=pre)
+        return
+    if _library_fuses_gelu(pre) and _by_library(dpre, dout, w, M, K, N, epilogue=cublaslt.DGELU, aux=pre):
+        return
+    _product(dpre, dout, w, M, K, N)
+    activation.gelu_backward(dpre, dpre, pre)

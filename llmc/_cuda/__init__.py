@@ -1,0 +1,149 @@
+"""The CUDA backend: every op of `llmc.ops.Ops`, each a check of its arguments and launches of kernels.
+
+Importing it needs no GPU and no PyCUDA; `configure` does (`ops.load` calls it).
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmc._cuda import compiler, cublaslt, device
+from llmc._cuda.device import elapsed, empty, fetch, memory, stamp
+from llmc._cuda.graphs import record
+from llmc.errors import ConfigError, DeviceError
+
+GEMMS = ("cublaslt", "own")
+ATTENTIONS = ("own", "cudnn")
+STORAGE = {"fp32": "float32", "tf32": "float32", "bf16": "bfloat16"}  # by the dtype of matrix products
+TENSOR_CORES = (8, 0)  # compute capability: the first whose matrix units take bf16 and tf32
+
+_MODULES = {
+    "activation": ("zero", "copy", "gelu_forward", "gelu_backward", "residual_forward"),
+    "attention": ("attention_forward", "attention_backward", "attention_decode"),
+    "embed": ("embedding_forward", "embedding_backward"),
+    "head": ("head_loss", "head_logits", "sum_losses"),
+    "linear": ("linear_forward", "linear_backward", "linear_gelu_forward", "gelu_linear_backward"),
+    "norm": ("layernorm_forward", "layernorm_backward", "residual_layernorm_forward"),
+    "optimizer": ("global_norm", "clip_scale", "adamw_step"),
+    "philox": ("normal",),
+}
+_loaded = {
+    name: importlib.import_module(f"llmc._cuda.{name}")
+    for name in _MODULES
+    if (Path(__file__).parent / f"{name}.py").exists()
+}
+for _name, _ops in _MODULES.items():
+    for _op in _ops:
+        for _module in _loaded.values():
+            if hasattr(_module, _op):
+                globals()[_op] = device.op(getattr(_module, _op))
+
+
+
+def configure(
+    index: int = 0, dtype: str | None = None, gemm: str | None = None, attention: str | None = None
+) -> None:
+    """Take GPU `index` into use and choose the products' precision, who multiplies and who attends (None: the defaults
+    of `ops.load`), for every model in this process.
+
+    ConfigError for a name that is unknown or means nothing here, DeviceError where the GPU, its driver or a library is
+    missing or does not suffice, MissingDependencyError without PyCUDA.
+    """
+    precision = _known("dtype", dtype, tuple(STORAGE))
+    multiplies = _known("gemm", gemm, GEMMS)
+    if precision == "tf32" and multiplies == "own":
+        raise ConfigError("gemm", "'own' multiplies in fp32 or bf16, not in tf32: leave it out, or take dtype fp32")
+    if attention is not None:
+        _known("attention", attention, ATTENTIONS)
+    attends = _attention(attention, precision)
+    if not device.is_open():
+        device.open_gpu(index)
+        try:
+            _check(index, precision, multiplies)
+        except BaseException:
+            device.close()
+            raise
+    else:
+        device.open_gpu(index)
+        _check(index, precision, multiplies)
+    device.storage, device.dtype = np.dtype(STORAGE[precision]), precision
+    device.gemm, device.attention = multiplies, attends
+
+
+def _known(field: str, name: str | None, names: tuple[str, ...]) -> str:
+    if name is None:
+        return names[0]
+    if name not in names:
+        raise ConfigError(field, f"{name!r} is unknown here; choose from {', '.join(names)}")
+    return name
+
+
+def _attention(name: str | None, precision: str) -> str:
+    """"cudnn" where it was asked for or, unasked, where it can be had; ConfigError where it was and cannot."""
+    if name == "own" or (name is None and precision != "bf16"):
+        return "own"
+    from llmc._cuda import cudnn
+
+    if precision == "bf16" and cudnn.available():
+        return "cudnn"
+    if name is None:
+        return "own"
+    if precision != "bf16":
+        raise ConfigError("attention", f"'cudnn' attends in bf16 alone, and dtype is {precision!r}")
+    packages = "nvidia-cudnn-frontend nvidia-cudnn-cu13"
+    raise ConfigError("attention", f"'cudnn' needs cuDNN 9 and its frontend: pip install {packages}")
+
+
+def _check(index: int, precision: str, multiplies: str) -> None:
+    """What the GPU that is open must have for these settings."""
+    opened = device.handle()
+    if precision != "fp32" and opened.capability < TENSOR_CORES:
+        major, minor = opened.capability
+        raise ConfigError(
+            "dtype", f"{precision!r} needs a GPU of compute capability 8.0, and cuda:{index} ({opened.name}) is of "
+            f"{major}.{minor}: take fp32"
+        )
+    compiler.architecture(opened.capability)
+    if multiplies == "cublaslt":
+        try:
+            cublaslt.library()
+        except DeviceError as error:
+            raise DeviceError(f"{error}; or multiply without it: --gemm own") from error
+
+
+def info() -> dict[str, Any]:
+    """What is in use: the GPU, its compute capability, the driver, the types, who multiplies and attends, what
+    compiled the kernels."""
+    opened = device.handle()
+    return {
+        "device": "cuda",
+        "name": opened.name,
+        "capability": ".".join(map(str, opened.capability)),
+        "driver": device.driver_name(opened.driver_version),
+        "dtype": device.dtype,
+        "storage": device.storage.name,
+        "ahead": 1,
+        "gemm": device.gemm,
+        "attention": device.attention,
+        "compiler": compiler.find().name,
+    }
+
+
+def workspace_nbytes(channels: int, vocab_size: int, parameters: int, tokens: int, heads: int) -> dict[str, int]:
+    """Bytes of the workspace that `reserve` would make, and of what libraries and copies have of their own."""
+    sizes = [
+        module.scratch_nbytes(channels, vocab_size, parameters, tokens, heads)
+        for module in _loaded.values()
+        if hasattr(module, "scratch_nbytes")
+    ]
+    return {"shared": max(sizes, default=0), "threads": device.libraries_nbytes()}
+
+
+@device.op
+def reserve(channels: int, vocab_size: int, parameters: int, tokens: int, heads: int) -> None:
+    """Make the workspace large enough for a model; `ops.reserve`."""
+    device.enlarge(workspace_nbytes(channels, vocab_size, parameters, tokens, heads)["shared"])

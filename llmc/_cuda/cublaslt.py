@@ -1,0 +1,268 @@
+"""cuBLASLt by ctypes: matrix products with what follows them in the same kernel.
+
+Outside this file all matrices are row-major; cuBLASLt's are column-major.  A row-major matrix of r rows and leading
+dimension ld is, in the same memory, its column-major transpose: r columns, the same ld.  So
+
+    out = op(a) op(b)  (M,N), row-major      is made as      out^T = op(b)^T op(a)^T  (N,M), column-major:
+
+cuBLASLt's A is our b (N by K, or K by N and transposed where `tb`), its B is our a (K by M, or M by K and transposed
+where `ta`), its D is our out, N by M.  What runs along the rows of D runs along our columns: a bias has N elements.
+BGRADB, the sums of op(B) over its K rows, is the sum over k of our op(a)[m,k]: M elements.
+
+A product's descriptors and the algorithm that the library's heuristic puts first are kept for each `Problem`; a call
+sets only the pointers that have changed.  Split-K may reduce in fp32 alone, so that results are rounded once; an
+algorithm always gives the same bits for the same operands.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
+from functools import cache
+from typing import Any, NamedTuple
+
+from llmc._cuda import driver
+from llmc.errors import DeviceError
+
+# cublasStatus_t
+SUCCESS, INVALID_VALUE, NOT_SUPPORTED = 0, 7, 15
+# cublasComputeType_t
+COMPUTE_32F, COMPUTE_32F_FAST_TF32 = 68, 77
+# cudaDataType_t
+TYPES = {"float32": 0, "bfloat16": 14}
+# cublasOperation_t
+OP_N, OP_T = 0, 1
+# cublasLtEpilogue_t
+DEFAULT, BIAS, GELU_AUX, GELU_AUX_BIAS, DGELU, BGRADB = 1, 4, 160, 164, 192, 512
+# cublasLtMatmulDescAttributes_t
+DESC_TRANSA, DESC_TRANSB, DESC_EPILOGUE, DESC_BIAS_POINTER = 3, 4, 7, 8
+DESC_AUX_POINTER, DESC_AUX_LD, DESC_AUX_TYPE, DESC_BIAS_TYPE = 11, 12, 22, 26
+# cublasLtMatmulPreferenceAttributes_t
+PREF_WORKSPACE, PREF_REDUCTION = 1, 3
+PREF_ALIGNMENT_A, PREF_ALIGNMENT_B, PREF_ALIGNMENT_C, PREF_ALIGNMENT_D = 5, 6, 7, 8
+# cublasLtReductionScheme_t: in the type of the sums, never in that of the result
+REDUCTION_COMPUTE_TYPE = 2
+
+BIASED = (BIAS, GELU_AUX_BIAS, BGRADB)  # epilogues that read or write a vector
+AUXILIARY = (GELU_AUX, GELU_AUX_BIAS, DGELU)  # that write or read a matrix
+AUX_LD_MULTIPLE = 8  # elements
+
+_ALIGNMENT = 256  # bytes; no algorithm asks for more
+
+
+class Algorithm(ctypes.Structure):
+    """cublasLtMatmulHeuristicResult_t, whose first member is the algorithm."""
+
+    _fields_ = (
+        ("algo", c_uint64 * 8), ("workspace", c_size_t), ("state", c_int), ("waves", c_float), ("reserved", c_int * 4),
+    )  # fmt: skip
+
+
+class Problem(NamedTuple):
+    """All that an algorithm depends on, row-major as in `matmul`."""
+
+    M: int
+    N: int
+    K: int
+    ta: bool
+    tb: bool
+    lda: int
+    ldb: int
+    ldo: int
+    operands: str  # a key of TYPES, for a and b
+    result: str  # for out; bias and aux are of this type too
+    compute: int
+    beta: int
+    epilogue: int
+    ldaux: int
+    align_a: int  # bytes
+    align_b: int
+    align_out: int
+    align_bias: int
+    align_aux: int
+
+    def __str__(self) -> str:
+        a = f"{self.operands} ({self.M},{self.K}){' transposed' if self.ta else ''}"
+        b = f"({self.K},{self.N}){' transposed' if self.tb else ''}"
+        return f"{a} times {b}, epilogue {self.epilogue}, leading dimensions {self.lda}, {self.ldb}, {self.ldo}"
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """libcublasLt with the signatures of what is called here.  DeviceError where there is none."""
+    lib = driver.library("cublasLt", "nvidia-cublas")
+    pointers: dict[str, list[Any]] = {
+        "cublasLtCreate": [POINTER(c_void_p)],
+        "cublasLtDestroy": [c_void_p],
+        "cublasLtMatmulDescCreate": [POINTER(c_void_p), c_int, c_int],
+        "cublasLtMatmulDescDestroy": [c_void_p],
+        "cublasLtMatmulDescSetAttribute": [c_void_p, c_int, c_void_p, c_size_t],
+        "cublasLtMatrixLayoutCreate": [POINTER(c_void_p), c_int, c_uint64, c_uint64, c_int64],
+        "cublasLtMatrixLayoutDestroy": [c_void_p],
+        "cublasLtMatmulPreferenceCreate": [POINTER(c_void_p)],
+        "cublasLtMatmulPreferenceDestroy": [c_void_p],
+        "cublasLtMatmulPreferenceSetAttribute": [c_void_p, c_int, c_void_p, c_size_t],
+        "cublasLtMatmulAlgoGetHeuristic": [c_void_p] * 7 + [c_int, POINTER(Algorithm), POINTER(c_int)],
+        "cublasLtMatmul": [c_void_p] * 14 + [c_size_t, c_void_p],
+    }
+    for name, argtypes in pointers.items():
+        function = getattr(lib, name)
+        function.argtypes, function.restype = argtypes, c_int
+    lib.cublasLtGetStatusName.argtypes, lib.cublasLtGetStatusName.restype = [c_int], c_char_p
+    lib.cublasLtGetVersion.argtypes, lib.cublasLtGetVersion.restype = [], c_size_t
+    return lib
+
+
+def version() -> str:
+    """Such as "13.1.0"."""
+    number = library().cublasLtGetVersion()
+    return f"{number // 10000}.{number // 100 % 100}.{number % 100}"
+
+
+def _call(name: str, *args: Any, about: object = "") -> None:
+    status = getattr(library(), name)(*args)
+    if status != SUCCESS:
+        code = library().cublasLtGetStatusName(status).decode()
+        raise DeviceError(f"{name}: {code}{f' for {about}' if about else ''}")
+
+
+def alignment(pointer: int) -> int:
+    """Bytes that an address is a multiple of, as far as algorithms care."""
+    return pointer & -pointer & (_ALIGNMENT - 1) or _ALIGNMENT
+
+
+class Plan:
+    """The descriptors of one `Problem`, and the algorithm once `choose` has found one."""
+
+    def __init__(self, problem: Problem) -> None:
+        p = self.problem = problem
+        self.desc, self.A, self.B, self.D = c_void_p(), c_void_p(), c_void_p(), c_void_p()
+        operands, result = TYPES[p.operands], TYPES[p.result]
+        _call("cublasLtMatmulDescCreate", byref(self.desc), p.compute, TYPES["float32"], about=p)
+        self._set(DESC_TRANSA, c_int32(OP_T if p.tb else OP_N))
+        self._set(DESC_TRANSB, c_int32(OP_T if p.ta else OP_N))
+        self._set(DESC_EPILOGUE, c_uint32(p.epilogue))
+        if p.epilogue in BIASED:
+            self._set(DESC_BIAS_TYPE, c_int32(result))
+        if p.epilogue in AUXILIARY:
+            self._set(DESC_AUX_TYPE, c_int32(result))
+            self._set(DESC_AUX_LD, c_int64(p.ldaux))
+        a = (p.M, p.K) if p.ta else (p.K, p.M)
+        b = (p.K, p.N) if p.tb else (p.N, p.K)
+        for layout, dtype, shape, ld in (
+            (self.A, operands, b, p.ldb), (self.B, operands, a, p.lda), (self.D, result, (p.N, p.M), p.ldo),
+        ):  # fmt: skip
+            _call("cublasLtMatrixLayoutCreate", byref(layout), dtype, *shape, ld, about=p)
+        self._pointers = (0, 0)
+        self._algorithm: Algorithm | None = None
+
+    def __del__(self) -> None:
+        for layout in (self.A, self.B, self.D):
+            library().cublasLtMatrixLayoutDestroy(layout)
+        library().cublasLtMatmulDescDestroy(self.desc)
+
+    def _set(self, attribute: int, value: Any) -> None:
+        _call(
+            "cublasLtMatmulDescSetAttribute", self.desc, attribute, byref(value), ctypes.sizeof(value),
+            about=f"attribute {attribute} of {self.problem}",
+        )  # fmt: skip
+
+    def point(self, bias: int, aux: int) -> None:
+        """Set the epilogue's pointers."""
+        if (bias, aux) != self._pointers:
+            if self.problem.epilogue in BIASED:
+                self._set(DESC_BIAS_POINTER, c_void_p(bias))
+            if self.problem.epilogue in AUXILIARY:
+                self._set(DESC_AUX_POINTER, c_void_p(aux))
+            self._pointers = (bias, aux)
+
+    def preference(self, workspace: int) -> c_void_p:
+        """What algorithms may use; to be destroyed by the caller."""
+        p, preference = self.problem, c_void_p()
+        _call("cublasLtMatmulPreferenceCreate", byref(preference))
+        for attribute, value in (
+            (PREF_WORKSPACE, c_uint64(workspace)), (PREF_REDUCTION, c_uint32(REDUCTION_COMPUTE_TYPE)),
+            (PREF_ALIGNMENT_A, c_uint32(p.align_b)), (PREF_ALIGNMENT_B, c_uint32(p.align_a)),
+            (PREF_ALIGNMENT_C, c_uint32(p.align_out)), (PREF_ALIGNMENT_D, c_uint32(p.align_out)),
+        ):  # fmt: skip
+            size = ctypes.sizeof(value)
+            _call("cublasLtMatmulPreferenceSetAttribute", preference, attribute, byref(value), size, about=p)
+        return preference
+
+    def choose(self, handle: c_void_p, workspace: int) -> bool:
+        """Ask for the best algorithm with `workspace` bytes; False where the library has none.  `point` comes first,
+        for the pointers' alignment counts."""
+        preference, found, count = self.preference(workspace), Algorithm(), c_int(0)
+        status = library().cublasLtMatmulAlgoGetHeuristic(
+            handle, self.desc, self.A, self.B, self.D, self.D, preference, 1, byref(found), byref(count)
+        )
+        library().cublasLtMatmulPreferenceDestroy(preference)
+        if status not in (SUCCESS, NOT_SUPPORTED, INVALID_VALUE):
+            code = library().cublasLtGetStatusName(status).decode()
+            raise DeviceError(f"cublasLtMatmulAlgoGetHeuristic: {code} for {self.problem}")
+        if status == SUCCESS and count.value and found.state == SUCCESS:
+            self._algorithm = found
+        return self._algorithm is not None
+
+    def run(self, handle: c_void_p, out: int, a: int, b: int, workspace: tuple[int, int], stream: int) -> None:
+        """Send the product to the stream; `choose` has found how."""
+        algorithm, beta = self._algorithm, _ONE if self.problem.beta else _ZERO
+        assert algorithm is not None
+        _call(
+            "cublasLtMatmul", handle, self.desc, byref(_ONE), b, self.A, a, self.B, byref(beta), out, self.D, out,
+            self.D, byref(algorithm), *workspace, stream, about=self.problem,
+        )  # fmt: skip
+
+
+_ZERO, _ONE = c_float(0.0), c_float(1.0)
+
+
+class Multiplier:
+    """A cuBLASLt handle in the current context, with the plans made so far.
+
+    `workspace` (address, bytes) is the library's alone, and all its work is on `stream`.
+    """
+
+    def __init__(self, workspace: tuple[int, int], stream: int) -> None:
+        self._handle, self._workspace, self._stream = c_void_p(), workspace, stream
+        self._plans: dict[Problem, Plan | None] = {}
+        _call("cublasLtCreate", byref(self._handle))
+
+    def declined(self) -> list[str]:
+        """The products for which the library had no algorithm."""
+        return [str(problem) for problem, plan in self._plans.items() if plan is None]
+
+    def matmul(
+        self, out: int, a: int, b: int, M: int, N: int, K: int, *, ta: bool, tb: bool, lda: int, ldb: int, ldo: int,
+        operands: str, result: str, compute: int, beta: int = 0, epilogue: int = DEFAULT, bias: int = 0, aux: int = 0,
+        ldaux: int = 0,
+    ) -> bool:
+        """out (M,N) = epilogue(op(a) (M,K) @ op(b) (K,N) + beta * out), all row-major; False, with nothing done, where
+        the library has no algorithm for it.
+
+        `lda`, `ldb`, `ldo`, `ldaux` count elements from row to row in memory.  By `epilogue`:
+
+        BIAS           + bias (N,)
+        GELU_AUX       aux (M,N) = the product, out = gelu(aux) in the tanh form; GELU_AUX_BIAS adds bias (N,) first
+        DGELU          out = the product * gelu'(aux)
+        BGRADB         bias (M,) = sum over k of op(a)[m,k], overwritten
+
+        M, N and K are at least 1; ldaux is a multiple of AUX_LD_MULTIPLE.
+        """
+        problem = Problem(
+            M, N, K, ta, tb, lda, ldb, ldo, operands, result, compute, beta, epilogue, ldaux, alignment(a),
+            alignment(b), alignment(out), alignment(bias), alignment(aux),
+        )  # fmt: skip
+        if problem in self._plans:
+            plan = self._plans[problem]
+        else:
+            plan = Plan(problem)
+            plan.point(bias, aux)
+            if not plan.choose(self._handle, self._workspace[1]):
+                plan = None
+            self._plans[problem] = plan
+        if plan is None:
+            return False
+        plan.point(bias, aux)
+        plan.run(self._handle, out, a, b, self._workspace, self._stream)
+        return True

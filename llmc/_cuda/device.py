@@ -1,0 +1,617 @@
+"""One GPU: its context and streams, its memory and the arrays in it, and what is said when it fails.
+
+There are two streams.  Ops run in the compute stream, in the order of their calls; values from the host travel in the
+copy stream while ops run (`transfer.py`).  Everything that belongs to the context hangs on one object, `_Opened`, so
+that closing drops it all: kernels, staging, workspace.
+
+A fault of a kernel shows late, in whatever asks the driver next, and ends the context: `fault` says so, naming the op
+if each was waited for (LLMC_CUDA_CHECK=1, and every first run of a recording).
+"""
+
+from __future__ import annotations
+
+import atexit
+import collections
+import functools
+import importlib.util
+import math
+import operator
+import os
+import re
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from threading import get_ident
+from typing import Any, TypeVar
+
+import ml_dtypes  # noqa: F401 - makes NumPy know the name "bfloat16"
+import numpy as np
+
+from llmc._cuda import driver, transfer
+from llmc.errors import DeviceError, DeviceMemoryError, MissingDependencyError
+
+LIBRARY_NBYTES = 32 << 20  # what cuBLASLt may use beside its arguments, as much as it asks for on Hopper
+OLDEST = (7, 5)  # compute capability: the least that CUDA 13 compiles for
+INSTALL = "pip install 'llmc[cuda]'"
+
+# What `configure` has chosen; ops read these.
+storage: np.dtype[Any] = np.dtype(np.float32)  # of activations, weights and their gradients
+dtype = "fp32"  # of matrix products
+gemm = "cublaslt"
+attention = "own"
+
+_opened: _Opened | None = None
+_lost = ""  # why there is none any more
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _Opened:
+    """A GPU in use."""
+
+    def __init__(self, index: int) -> None:
+        self.cuda = cuda = _import_pycuda()
+        self.errors: type[Exception] = cuda.Error
+        self.driver_version: int = _driver_version(cuda)
+        _initialise(cuda)
+        self.index, self.gpu = index, _gpu(cuda, index)
+        self.name: str = self.gpu.name()
+        self.capability: tuple[int, int] = tuple(self.gpu.compute_capability())
+        if self.capability < OLDEST:
+            raise DeviceError(
+                f"cuda:{index} ({self.name}) is of compute capability {_dotted(self.capability)}; "
+                f"llmc needs {_dotted(OLDEST)} or newer"
+            )
+        attribute = cuda.device_attribute
+        self.multiprocessors: int = self.gpu.get_attribute(attribute.MULTIPROCESSOR_COUNT)
+        self.shared_limit: int = self.gpu.get_attribute(attribute.MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)
+        self.context = self.gpu.retain_primary_context()
+        self.context.push()
+        self.home = get_ident()  # the thread where the context is current
+        non_blocking = 1  # CU_STREAM_NON_BLOCKING: nobody's default stream holds ours up
+        self.compute, self.copy = cuda.Stream(non_blocking), cuda.Stream(non_blocking)
+        self.functions: dict[Any, Any] = {}  # kernels, by whatever `compiler.Kernel` finds them with
+        self.dead: list[Callable[[], None]] = []  # what frees memory and graphs, to be called when that is possible
+        self.recent: collections.deque[str] = collections.deque(maxlen=16)  # ops, for the message of a fault
+        self.always_checks = os.environ.get("LLMC_CUDA_CHECK", "0") not in ("", "0")
+        self.checks = self.always_checks  # wait after every op
+        self.recording: Any = None  # the one being run or captured
+        self.capturing = False
+        self.workspace: Memory | None = None
+        self.library: Memory | None = None
+        self.staging: transfer.Staging | None = None
+        self.fetches: transfer.Fetches | None = None
+
+    def discard(self, free: Callable[[], None]) -> None:
+        """Call `free` once no op needs any more what it frees: at once, or after a capture, or on the right thread."""
+        self.dead.append(free)
+        self.bury()
+
+    def bury(self) -> None:
+        """Free what was discarded while that could not be done."""
+        if self is not _opened or self.capturing or self.home != get_ident() or not self.dead:
+            return
+        try:
+            self.compute.synchronize()
+        except self.errors:
+            return  # whoever asks next reports it
+        while self.dead:
+            self.dead.pop()()
+
+
+# ---- opening and closing ---------------------------------------------------------------------------
+
+
+def _import_pycuda() -> Any:
+    if importlib.util.find_spec("pycuda") is None:
+        raise MissingDependencyError(f"the device cuda needs PyCUDA: {INSTALL}")
+    try:
+        driver.load()
+    except OSError as error:
+        raise DeviceError(
+            "the NVIDIA driver is not installed, libcuda.so.1 was not found: install driver 580 or newer, until "
+            "nvidia-smi lists the GPU; a container has to be started with GPUs (docker run --gpus all)"
+        ) from error
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyCUDA's guess at why it cannot be imported
+            import pycuda.driver as cuda
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(f"PyCUDA needs {error.name}: {INSTALL}") from error
+    except ImportError as error:
+        if re.search(r"undefined symbol: cu[A-Z]", str(error)):
+            raise DeviceError(f"the NVIDIA driver is too old for PyCUDA ({error}); it must be 580 or newer") from error
+        again = "pip install --force-reinstall --no-cache-dir --no-binary pycuda pycuda"
+        raise DeviceError(f"PyCUDA cannot be loaded ({error}); build it anew: {again}") from error
+    return cuda
+
+
+def _driver_version(cuda: Any) -> int:
+    """The newest CUDA that the driver knows: 13000 is 13.0."""
+    try:
+        return int(cuda.get_driver_version())
+    except cuda.Error as error:
+        raise DeviceError(f"the NVIDIA driver does not answer: {error}") from error
+
+
+def _initialise(cuda: Any) -> None:
+    try:
+        cuda.init()
+    except cuda.Error as error:
+        if "no CUDA-capable device" in str(error):
+            raise DeviceError(_no_gpu()) from error
+        raise DeviceError(f"the NVIDIA driver cannot be initialised: {error}") from error
+
+
+def _no_gpu() -> str:
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    why = f"CUDA_VISIBLE_DEVICES is {hidden!r}" if hidden is not None else "nvidia-smi lists those that the driver sees"
+    return f"there is no GPU to use: {why}"
+
+
+def _gpu(cuda: Any, index: int) -> Any:
+    count = cuda.Device.count()
+    if count == 0:
+        raise DeviceError(_no_gpu())
+    if index >= count:
+        have = "cuda:0 is the only GPU" if count == 1 else f"the GPUs are cuda:0 to cuda:{count - 1}"
+        raise DeviceError(f"there is no cuda:{index}: {have}")
+    return cuda.Device(index)
+
+
+def cuda_version(number: int) -> str:
+    """13000 -> 13.0."""
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def driver_name(number: int) -> str:
+    """580.82.07 (CUDA 13.0), or only the latter where the system does not tell."""
+    try:
+        found = re.search(r"\s(\d+\.[\d.]+)\s", Path("/proc/driver/nvidia/version").read_text())
+    except OSError:
+        found = None
+    cuda = f"CUDA {cuda_version(number)}"
+    return f"{found[1]} ({cuda})" if found else cuda
+
+
+def _dotted(version: Sequence[int]) -> str:
+    return ".".join(map(str, version))
+
+
+def open_gpu(index: int) -> None:
+    """Take GPU `index` into use, once per process; errors as in `ops.load`."""
+    global _opened, _lost
+    if _opened is not None:
+        if _opened.index != index:
+            raise DeviceError(f"cuda:{index}: this process uses cuda:{_opened.index}, and a process uses one GPU")
+        return
+    _opened = opened = _Opened(index)
+    _lost = ""
+    try:
+        opened.staging = transfer.Staging(opened.cuda, opened.compute, opened.copy)
+        opened.fetches = transfer.Fetches(opened.cuda, opened.compute)
+    except opened.errors as error:
+        close()
+        raise DeviceMemoryError(f"cuda:{index} ({opened.name}) has no memory left to begin with: {error}") from error
+    except BaseException:
+        close()
+        raise
+    if threading.current_thread() is not threading.main_thread():
+        # PyCUDA ends the process when a thread ends with a context: this one's is pushed for every call anew.
+        opened.context.pop()
+        opened.home = 0
+
+
+def close() -> None:
+    """Give the GPU back; arrays are lost.  Nothing happens where none is open."""
+    global _opened
+    opened, _opened = _opened, None
+    if opened is None:
+        return
+    driver.alive()  # waits
+    # Whatever belongs to the context dies silently once it is detached, in any order.
+    opened.context.detach()
+
+
+atexit.register(close)
+
+
+def _the() -> _Opened:
+    if _opened is None:
+        raise DeviceError(_lost or 'no GPU is set up: llmc.ops.load("cuda") does that')
+    return _opened
+
+
+def is_open() -> bool:
+    """Whether a GPU is in use."""
+    return _opened is not None
+
+
+def handle() -> _Opened:
+    """All that belongs to the GPU in use; DeviceError where there is none."""
+    return _the()
+
+
+# ---- ops, threads and faults -----------------------------------------------------------------------
+
+
+def op(function: F, name: str = "") -> F:
+    """`function` as a backend's: on any thread, and with errors of the driver as DeviceErrors that name it."""
+    name = name or function.__name__
+
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        opened = _opened
+        if opened is None or opened.home != get_ident():
+            return _elsewhere(called, args, kwargs)
+        opened.recent.append(name)
+        try:
+            result = function(*args, **kwargs)
+            if opened.checks and not opened.capturing:
+                opened.compute.synchronize()
+            return result
+        except (opened.errors, driver.CallError) as error:
+            raise fault(name, error) from error
+
+    return called  # type: ignore[return-value]
+
+
+def _elsewhere(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Run on a thread that the context is not current on, and make it current for as long as that takes."""
+    opened = _the()
+    home, opened.home = opened.home, get_ident()
+    opened.context.push()
+    try:
+        return function(*args, **kwargs)
+    finally:
+        if opened is _opened:
+            opened.context.pop()
+            opened.home = home
+
+
+def fault(name: str, error: Exception) -> DeviceError:
+    """The error to raise for one of the driver's, met in `name`.  If it has cost the context, everything is closed."""
+    global _lost
+    opened = _the()
+    if opened.capturing or driver.alive():
+        return DeviceError(f"{name}: {error}")
+    if opened.checks:
+        message = f"{name}: the GPU has failed: {error}"
+    else:
+        among = ", ".join(dict.fromkeys(opened.recent))
+        message = (
+            f"{name}: the GPU has failed, here or in an op before it (the last were {among}): {error}; "
+            "with LLMC_CUDA_CHECK=1 the message names the op"
+        )
+    close()
+    _lost = f"the GPU was given up after this error: {message}"
+    return DeviceError(message)
+
+
+def not_captured(what: str) -> None:
+    """RuntimeError in a capture, of which `what` cannot be a part."""
+    if _opened is not None and _opened.capturing:
+        raise RuntimeError(f"{what} cannot be part of a recording")
+
+
+@op
+def synchronize() -> None:
+    """Wait for everything that was asked of the GPU."""
+    not_captured("waiting")
+    opened = _the()
+    opened.compute.synchronize()
+    opened.copy.synchronize()
+
+
+# ---- memory ----------------------------------------------------------------------------------------
+
+
+class Memory:
+    """One zero-filled allocation, freed with its last array."""
+
+    __slots__ = ("__weakref__", "_allocation", "_opened", "known", "nbytes", "ptr")
+
+    def __init__(self, nbytes: int, purpose: str) -> None:
+        opened = self._opened = _the()
+        self._allocation = None
+        not_captured(f"{purpose} takes memory, which")
+        opened.bury()
+        try:
+            self._allocation = opened.cuda.mem_alloc(max(1, nbytes))
+        except opened.cuda.MemoryError as error:
+            free, total = opened.cuda.mem_get_info()
+            raise DeviceMemoryError(
+                f"{purpose}: {_mib(nbytes)} asked for, {_mib(free)} of {_mib(total)} are free on cuda:{opened.index} "
+                f"({opened.name})"
+            ) from error
+        self.ptr, self.nbytes = int(self._allocation), nbytes
+        self.known: dict[tuple[int, int], tuple[int, int]] = {}  # least and greatest of int32 written from the host
+        if nbytes:
+            opened.cuda.memset_d8_async(self.ptr, 0, nbytes, opened.compute)
+
+    def __del__(self) -> None:
+        if self._allocation is not None:
+            self._opened.discard(self._allocation.free)
+
+    def forget(self, start: int, stop: int) -> None:
+        """Addresses in [start, stop) are written to."""
+        for place in [place for place in self.known if place[0] < stop and start < place[1]]:
+            del self.known[place]
+
+
+def _mib(nbytes: int) -> str:
+    return f"{nbytes / 2**20:,.1f} MiB"
+
+
+class _Span:
+    """Bytes of the device as NumPy's geometry sees them."""
+
+    __slots__ = ("__array_interface__",)
+
+    def __init__(self, ptr: int, nbytes: int) -> None:
+        self.__array_interface__ = {"version": 3, "typestr": "|u1", "shape": (nbytes,), "data": (ptr, False)}
+
+
+class DeviceArray:
+    """An array in the GPU's memory, or a view of one; `empty` makes it.
+
+    Shapes, strides and views are NumPy's: `_geometry` is a NumPy array over the device's addresses, and never read.
+    """
+
+    __slots__ = ("__weakref__", "_geometry", "_memory", "dtype", "ndim", "ptr", "shape", "size")
+
+    def __init__(self, memory: Memory, geometry: np.ndarray[Any, Any]) -> None:
+        self._memory, self._geometry = memory, geometry
+        self.shape: tuple[int, ...] = geometry.shape
+        self.dtype: np.dtype[Any] = geometry.dtype
+        self.ndim: int = geometry.ndim
+        self.size: int = geometry.size
+        self.ptr: int = geometry.__array_interface__["data"][0]
+
+    @property
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+    @property
+    def lost(self) -> bool:
+        """Whether the GPU it was on has been closed."""
+        return self._memory._opened is not _opened
+
+    @property
+    def flags(self) -> Any:
+        """NumPy's, of which `c_contiguous` and `writeable` matter."""
+        return self._geometry.flags
+
+    @property
+    def bounds(self) -> tuple[int, int] | None:
+        """Of int32: no value is below the first or above the second.  None where nobody knows without looking."""
+        start, stop = self.ptr, self.ptr + self.nbytes
+        for place, bounds in self._memory.known.items():
+            if place[0] <= start and stop <= place[1]:
+                return bounds
+        return None
+
+    def __len__(self) -> int:
+        if not self.shape:
+            raise TypeError("len() of unsized object")
+        return self.shape[0]
+
+    def __repr__(self) -> str:
+        return f"DeviceArray(shape={self.shape}, dtype={self.dtype}, ptr={self.ptr:#x})"
+
+    def __getitem__(self, key: Any) -> DeviceArray:
+        """A view, of no axes where every axis has an index."""
+        keys = key if isinstance(key, tuple) else (key,)
+        for part in keys:
+            if part is not Ellipsis and not isinstance(part, slice) and (
+                isinstance(part, bool) or not hasattr(part, "__index__") or np.ndim(part)
+            ):
+                raise TypeError(f"an array of the GPU is indexed with integers and slices, not {part!r}")
+        if Ellipsis not in keys:
+            keys = (*keys, Ellipsis)  # NumPy would read the value itself where no axis is left
+        return DeviceArray(self._memory, self._geometry[keys])
+
+    def reshape(self, *shape: Any) -> DeviceArray:
+        """A view of another shape; ValueError where the array is not contiguous."""
+        if not self._geometry.flags.c_contiguous:
+            raise ValueError("reshape: the array is not C-contiguous")
+        return DeviceArray(self._memory, self._geometry.reshape(*shape))
+
+    def view(self, dtype: Any) -> DeviceArray:
+        """The same bytes as another type."""
+        return DeviceArray(self._memory, self._geometry.view(dtype))
+
+    # ---- values ------------------------------------------------------------------------------------
+
+    def __setitem__(self, key: Any, values: Any) -> None:
+        """Write host values, a scalar or another array of the GPU, converted to this array's type, in stream order;
+        the memory of `values` may be written to at once."""
+        _assign(self if key is Ellipsis else self[key], values)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
+        """The values as a new NumPy array, once the ops so far are done."""
+        if copy is False:
+            raise ValueError("values of the GPU cannot be seen without copying them")
+        values = _read(self)
+        return values if dtype is None else values.astype(dtype, copy=False)
+
+
+def _assign_values(x: DeviceArray, values: Any) -> None:
+    opened, stream = _the(), _the().compute
+    if not x.flags.c_contiguous:
+        raise ValueError("x[...] = values: the view is not C-contiguous")
+    if isinstance(values, DeviceArray) and values.dtype == x.dtype and values.flags.c_contiguous:
+        if values.shape != x.shape:
+            raise ValueError(f"x[...] = values: expected shape {x.shape}, got {values.shape}")
+        _know(x, values.bounds)
+        if x.size:
+            opened.cuda.memcpy_dtod_async(x.ptr, values.ptr, x.nbytes, stream)
+        return
+    host = np.asarray(values)
+    bounds = None
+    if x.dtype == np.int32 and x.size:
+        host = host.astype(np.int32, copy=False)
+        bounds = int(host.min()), int(host.max())
+    spread = np.broadcast_to(host, x.shape)
+    _know(x, bounds)
+    if x.size == 0:
+        return
+    if host.ndim or not _fill(x, host.astype(x.dtype).tobytes()):
+        not_captured("x[...] = values")
+        assert opened.staging is not None
+        opened.staging.send(x.ptr, spread.reshape(-1), x.dtype)
+
+
+def _know(x: DeviceArray, bounds: tuple[int, int] | None) -> None:
+    """x is about to get values within `bounds`, if they are int32."""
+    if x.dtype == np.int32:
+        not_captured("writing int32")  # a replay would write again what is known by then to be something else
+    start, stop = x.ptr, x.ptr + x.nbytes
+    x._memory.forget(start, stop)
+    if x.dtype == np.int32 and bounds is not None:
+        x._memory.known[start, stop] = bounds
+
+
+def _fill(x: DeviceArray, pattern: bytes) -> bool:
+    """Set every element to `pattern`; False where the driver has no such operation."""
+    cuda, stream, size = _the().cuda, _the().compute, x.size
+    if len(pattern) == 8 and pattern[:4] == pattern[4:]:
+        pattern, size = pattern[:4], 2 * size
+    sets = {1: cuda.memset_d8_async, 2: cuda.memset_d16_async, 4: cuda.memset_d32_async}
+    if len(pattern) not in sets:
+        return False
+    sets[len(pattern)](x.ptr, int.from_bytes(pattern, "little"), size, stream)
+    return True
+
+
+def _read_values(x: DeviceArray) -> np.ndarray[Any, Any]:
+    not_captured("reading an array")
+    opened = _the()
+    if not x.flags.c_contiguous:
+        raise ValueError("reading an array: the view is not C-contiguous")
+    values = np.empty(x.shape, x.dtype)
+    if x.size:
+        opened.cuda.memcpy_dtoh_async(values.reshape(-1).view(np.uint8), x.ptr, opened.compute)
+    opened.compute.synchronize()
+    return values
+
+
+_assign, _read = op(_assign_values, "x[...] = values"), op(_read_values, "reading an array")
+
+
+@op
+def empty(shape: tuple[int, ...], dtype: str) -> DeviceArray:
+    """A new zero-filled array; `ops.empty`."""
+    kind = np.dtype(dtype)
+    shape = tuple(operator.index(size) for size in shape)
+    nbytes = math.prod(shape) * kind.itemsize
+    memory = Memory(nbytes, "empty")
+    return DeviceArray(memory, np.asarray(_Span(memory.ptr, nbytes)).view(kind).reshape(shape))
+
+
+@op
+def memory() -> tuple[int, int]:
+    """Bytes that are free, and all there are."""
+    free, total = _the().cuda.mem_get_info()
+    return int(free), int(total)
+
+
+# ---- workspace -------------------------------------------------------------------------------------
+
+
+def enlarge(nbytes: int) -> None:
+    """Make the workspace at least `nbytes` large, and give libraries theirs."""
+    opened = _the()
+    if opened.workspace is None or opened.workspace.nbytes < nbytes:
+        opened.workspace = None  # freed before its successor is made
+        opened.workspace = Memory(nbytes, "workspace")
+    if gemm == "cublaslt" and opened.library is None:
+        opened.library = Memory(LIBRARY_NBYTES, "workspace of cuBLASLt")
+
+
+def workspace(nbytes: int) -> int:
+    """The address of `nbytes` of scratch, the same at every call.  RuntimeError where `reserve` made less."""
+    held = _the().workspace
+    have = 0 if held is None else held.nbytes
+    if nbytes > have:
+        raise RuntimeError(f"workspace of {have:,} bytes is too small for {nbytes:,}: call reserve() first")
+    return 0 if held is None else held.ptr
+
+
+def library_workspace() -> tuple[int, int]:
+    """Address and bytes of what cuBLASLt may use."""
+    opened = _the()
+    if opened.library is None:
+        opened.library = Memory(LIBRARY_NBYTES, "workspace of cuBLASLt")
+    return opened.library.ptr, opened.library.nbytes
+
+
+def libraries_nbytes() -> int:
+    """Bytes that are there beside the workspace: cuBLASLt's, and those that values pass through."""
+    return (LIBRARY_NBYTES if gemm == "cublaslt" else 0) + transfer.STAGING_NBYTES
+
+
+# ---- the GPU ---------------------------------------------------------------------------------------
+
+
+def stream() -> Any:
+    """The compute stream, PyCUDA's; `.handle` is its address."""
+    return _the().compute
+
+
+def multiprocessors() -> int:
+    return _the().multiprocessors
+
+
+def capability() -> tuple[int, int]:
+    return _the().capability
+
+
+def shared_limit() -> int:
+    """Bytes of shared memory that a block may have."""
+    return _the().shared_limit
+
+
+# ---- values and times without stopping -------------------------------------------------------------
+
+
+@op
+def fetch(x: DeviceArray) -> Callable[[], np.ndarray[Any, Any]]:
+    """The values that x has after the ops so far; `ops.fetch`."""
+    not_captured("fetch()")
+    opened = _the()
+    if not isinstance(x, DeviceArray):
+        raise TypeError(f"x: expected an array of the GPU, got {type(x).__name__}")
+    if not x.flags.c_contiguous:
+        raise ValueError("x: must be C-contiguous")
+    assert opened.fetches is not None
+    wait = opened.fetches.begin(x.ptr, x.shape, x.dtype)
+
+    def fetched() -> np.ndarray[Any, Any]:
+        if opened is not _opened:
+            _the()
+            raise DeviceError("fetch: the GPU was closed in between")
+        return wait()
+
+    return op(fetched, "fetch")
+
+
+@op
+def stamp() -> Any:
+    """A mark in the compute stream; `ops.stamp`."""
+    not_captured("stamp()")
+    opened = _the()
+    return opened.cuda.Event().record(opened.compute)
+
+
+@op
+def elapsed(begin: Any, end: Any) -> float:
+    """Seconds from one `stamp` to another; `ops.elapsed`."""
+    not_captured("elapsed()")
+    end.synchronize()
+    return float(end.time_since(begin)) * 1e-3

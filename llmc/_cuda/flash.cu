@@ -1,0 +1,546 @@
+// Causal attention on tensor cores, bf16 with fp32 sums (Dao et al. 2022; Dao 2023): the T x T matrix lives a tile at a
+// time in the registers of a warp.
+//
+//     forward    S = Q K^T / sqrt(D);  P = exp(S - lse);  O = P V
+//     backward   dV = P^T dO;  dP = dO V^T;  dS = P (dP - delta), delta = rowsum(dO O);  dQ = dS K;  dK = dS^T Q
+//
+// A block of four warps owns BM rows of one head: queries in `forward` and `backward_queries`, keys in `backward_keys`,
+// a warp 16 M of them. It walks over tiles of BN rows of the other side, the next of which is copied while this one is
+// computed. Every result has one owner, which adds in the order of the tiles: no atomics. The price is that
+// the backward pass makes S and dP twice, seven products for five.
+//
+// What a warp computes stays in its registers: the sums of one product (rows g, g + 8; columns 2t, 2t + 1) are laid out
+// as the left operand of the next, which therefore is P or dS in the first two kernels, P^T or dS^T in the third.
+//
+// Budget, for D = 64 on an H100. A product of 16 x 8 x 16 keeps the tensor cores of an SM busy for 1.6 cycles (mma.sync
+// reaches about 62 % of the peak), ldmatrix x4 the shared memory for 4. With M = 2 each block of 16 x 16 read feeds
+// four products, so tensor cores are the limit, not shared memory. 32 rows of sums cost 64 registers for O (128 for dK
+// and dV) and 64 for the scores: up to 255 a thread, two blocks an SM, eight warps, of which one exponentiates while
+// another multiplies. Larger heads halve M, BN, or both.
+
+#include "common.cuh"
+#include "ptx.cuh"
+
+namespace {
+
+constexpr int WARPS = 4, THREADS = 32 * WARPS;
+constexpr float LOG2E = 1.4426950408889634f;
+
+// ---- tiles in shared memory
+// -------------------------------------------------------------------------------------------
+
+// Where the 8 numbers from column 8 chunk of a row lie in a tile of D columns. The chunks of a row change places so
+// that ldmatrix, which reads the same chunk of 8 rows at a time, finds them in different banks.
+template <int D> __device__ __forceinline__ int place(int row, int chunk) {
+    constexpr int CHUNKS = D / 8, TURNS = CHUNKS < 8 ? CHUNKS : 8;
+    return (row * CHUNKS + (chunk ^ (row / (8 / TURNS) % TURNS))) * 8;
+}
+
+// Begins to copy ROWS rows, of which the first `present` exist; the others become 0.
+template <int D, int ROWS>
+__device__ __forceinline__ void load_tile(bf16 *tile, const bf16 *rows, int stride, int present) {
+    constexpr int CHUNKS = D / 8;
+#pragma unroll
+    for (int i = threadIdx.x; i < ROWS * CHUNKS; i += THREADS) {
+        const int row = i / CHUNKS, chunk = i % CHUNKS;
+        const bool there = row < present;
+        cp_async_16(tile + place<D>(row, chunk), rows + (long long)(there ? row : 0) * stride + chunk * 8,
+                    there ? 16 : 0);
+    }
+}
+
+// The 16 x 16 block at (row, column) as this lane's registers: quarters top left, bottom left, top right, bottom right.
+// That is a left operand; or, as rows of a right operand's transpose, [0] and [2] its columns 0 to 7, [1] and [3] 8
+// to 15.
+template <int D> __device__ __forceinline__ void load_block(unsigned (&r)[4], const bf16 *tile, int row, int column) {
+    const int lane = threadIdx.x % 32;
+    ldmatrix_x4(r, tile + place<D>(row + lane % 16, column / 8 + lane / 16));
+}
+
+// The same block as a right operand: [0] and [1] are its columns 0 to 7, [2] and [3] its columns 8 to 15.
+template <int D>
+__device__ __forceinline__ void load_block_trans(unsigned (&r)[4], const bf16 *tile, int row, int column) {
+    const int lane = threadIdx.x % 32;
+    ldmatrix_x4_trans(r, tile + place<D>(row + lane % 16, column / 8 + lane / 16));
+}
+
+// Rows first to first + 16 M - 1 of a tile as left operands. Kept for the whole kernel where registers allow, else read
+// again for each product.
+template <int D, int M, bool KEEP> struct Left {
+    unsigned kept[KEEP ? D / 16 : 1][M][4];
+
+    __device__ __forceinline__ void load(const bf16 *tile, int first) {
+        if (KEEP) {
+#pragma unroll
+            for (int k = 0; k < D / 16; k++) read(k, tile, first, k);
+        }
+    }
+
+    __device__ __forceinline__ const unsigned (&get(const bf16 *tile, int first, int k))[M][4] {
+        if (!KEEP) read(0, tile, first, k);
+        return kept[KEEP ? k : 0];
+    }
+
+    __device__ __forceinline__ void read(int slot, const bf16 *tile, int first, int k) {
+#pragma unroll
+        for (int m = 0; m < M; m++) load_block<D>(kept[slot][m], tile, first + 16 * m, 16 * k);
+    }
+};
+
+template <int M, int N> __device__ __forceinline__ void clear(float (&x)[M][N][4]) {
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) x[m][n][e] = 0.0f;
+}
+
+// s = left right^T: the warp's 16 M rows of one tile by the BN rows of another, over D columns.
+template <int D, int BN, int M, bool KEEP>
+__device__ __forceinline__ void multiply_rows(float (&s)[M][BN / 8][4], Left<D, M, KEEP> &left, const bf16 *tile,
+                                              int first, const bf16 *right) {
+    clear(s);
+#pragma unroll
+    for (int k = 0; k < D / 16; k++) {
+        const unsigned(&a)[M][4] = left.get(tile, first, k);
+#pragma unroll
+        for (int n = 0; n < BN / 16; n++) {
+            unsigned b[4];
+            load_block<D>(b, right, 16 * n, 16 * k);
+#pragma unroll
+            for (int m = 0; m < M; m++) {
+                mma_bf16(s[m][2 * n], a[m], b[0], b[2]);
+                mma_bf16(s[m][2 * n + 1], a[m], b[1], b[3]);
+            }
+        }
+    }
+}
+
+// sum += p right: p, rounded to bf16, are the sums of `multiply_rows`; right has BN rows of D columns.
+template <int D, int BN, int M>
+__device__ __forceinline__ void multiply_add(float (&sum)[M][D / 8][4], const float (&p)[M][BN / 8][4],
+                                             const bf16 *right) {
+#pragma unroll
+    for (int k = 0; k < BN / 16; k++) {
+        unsigned a[M][4];
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                a[m][i] = pack_bf16(p[m][2 * k + i / 2][i % 2 * 2], p[m][2 * k + i / 2][i % 2 * 2 + 1]);
+#pragma unroll
+        for (int n = 0; n < D / 16; n++) {
+            unsigned b[4];
+            load_block_trans<D>(b, right, 16 * k, 16 * n);
+#pragma unroll
+            for (int m = 0; m < M; m++) {
+                mma_bf16(sum[m][2 * n], a[m], b[0], b[1]);
+                mma_bf16(sum[m][2 * n + 1], a[m], b[2], b[3]);
+            }
+        }
+    }
+}
+
+// Writes the warp's sums times `factor` of their row as rows of `out`, those that exist, 16 bytes at a time. They pass
+// through the warp's own rows of a tile that nobody else reads.
+template <int D, int M>
+__device__ __forceinline__ void store_rows(bf16 *out, int stride, int present, const float (&sum)[M][D / 8][4],
+                                           const float (&factor)[M][2], bf16 *tile, int first) {
+    constexpr int CHUNKS = D / 8;
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    __syncwarp();
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int n = 0; n < D / 8; n++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const float f = factor[m][half];
+                unsigned *to = (unsigned *)(tile + place<D>(first + 16 * m + 8 * half + g, n));
+                to[t] = pack_bf16(sum[m][n][2 * half] * f, sum[m][n][2 * half + 1] * f);
+            }
+    __syncwarp();
+#pragma unroll
+    for (int i = lane; i < 16 * M * CHUNKS; i += 32) {
+        const int row = first + i / CHUNKS, chunk = i % CHUNKS;
+        if (row < present)
+            *(uint4 *)(out + (long long)row * stride + chunk * 8) = *(const uint4 *)(tile + place<D>(row, chunk));
+    }
+}
+
+// ---- who owns what
+// ----------------------------------------------------------------------------------------------------
+
+struct Task {
+    int head, rank;
+};
+
+// Blocks are started in the order of their number: `group` heads, whose keys and values fit in L2, at a time, and of
+// these first all that have rank 0, the most work.
+__device__ __forceinline__ Task task(int heads, int group, int ranks) {
+    const int round = blockIdx.x / (group * ranks), left = blockIdx.x % (group * ranks);
+    const int size = min(group, heads - round * group);
+    return {round * group + left % size, left / size};
+}
+
+// ---- forward
+// ----------------------------------------------------------------------------------------------------------
+
+// Reads qkv (B,T,3C); writes the block's rows of out (B,T,C) and lse (B,H,T).
+//
+// A running maximum and denominator for each row; sums are rescaled when the maximum grows (Milakov & Gimelshein 2018).
+// exp(s / sqrt(D) - m) is 2^(s c - m c), one fused multiply-add and one instruction, with c = log2(e) / sqrt(D).
+template <int D, int BM, int BN>
+__device__ __forceinline__ void forward(bf16 *out, float *lse, const bf16 *qkv, int T, int H, int heads, int group) {
+    constexpr int M = BM / WARPS / 16;
+    SHARED(uint4, shared);
+    bf16 *q_tile = (bf16 *)shared, *k_tiles = q_tile + BM * D, *v_tiles = k_tiles + 2 * BN * D;
+    const int blocks = (T + BM - 1) / BM;
+    const Task own = task(heads, group, blocks);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int C = H * D, stride = 3 * C, b = own.head / H, h = own.head % H;
+    const int q0 = (blocks - 1 - own.rank) * BM, first = warp * 16 * M, row0 = q0 + first;
+    const float scale = rsqrtf((float)D), c = scale * LOG2E;
+    const bf16 *queries = qkv + (long long)b * T * stride + h * D, *keys = queries + C, *values = keys + C;
+    const int tiles = (min(T, q0 + BM) + BN - 1) / BN;
+
+    load_tile<D, BM>(q_tile, queries + (long long)q0 * stride, stride, T - q0);
+    load_tile<D, BN>(k_tiles, keys, stride, T);
+    load_tile<D, BN>(v_tiles, values, stride, T);
+    cp_async_commit();
+    float sum[M][D / 8][4], largest[M][2], total[M][2];
+    clear(sum);
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) largest[m][half] = -INFINITY, total[m][half] = 0.0f;
+    Left<D, M, (M * D <= 128)> q;
+    cp_async_wait<0>();
+    __syncthreads();
+    q.load(q_tile, first);
+
+#pragma unroll 1
+    for (int j = 0; j < tiles; j++) {
+        const int k0 = j * BN;
+        const bf16 *k_tile = k_tiles + j % 2 * BN * D, *v_tile = v_tiles + j % 2 * BN * D;
+        if (j + 1 < tiles) {
+            const long long next = (long long)(k0 + BN) * stride;
+            load_tile<D, BN>(k_tiles + (j + 1) % 2 * BN * D, keys + next, stride, T - k0 - BN);
+            load_tile<D, BN>(v_tiles + (j + 1) % 2 * BN * D, values + next, stride, T - k0 - BN);
+            cp_async_commit();
+        }
+        if (k0 < row0 + 16 * M) { // else all of it is these rows' future
+            float s[M][BN / 8][4];
+            multiply_rows<D, BN>(s, q, q_tile, first, k_tile);
+            if (k0 + BN - 1 > row0) {
+#pragma unroll
+                for (int m = 0; m < M; m++)
+#pragma unroll
+                    for (int n = 0; n < BN / 8; n++)
+#pragma unroll
+                        for (int e = 0; e < 4; e++)
+                            if (k0 + 8 * n + 2 * t + e % 2 > row0 + 16 * m + g + e / 2 * 8) s[m][n][e] = -INFINITY;
+            }
+#pragma unroll
+            for (int m = 0; m < M; m++)
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    float top = largest[m][half];
+#pragma unroll
+                    for (int n = 0; n < BN / 8; n++) top = fmaxf(top, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
+                    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
+                    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
+                    const float keep = exp2_approx((largest[m][half] - top) * c), shift = top * c;
+                    largest[m][half] = top;
+                    float l = total[m][half] * keep;
+#pragma unroll
+                    for (int n = 0; n < BN / 8; n++)
+#pragma unroll
+                        for (int e = 2 * half; e < 2 * half + 2; e++) {
+                            s[m][n][e] = exp2_approx(fmaf(s[m][n][e], c, -shift));
+                            l += s[m][n][e];
+                        }
+                    total[m][half] = l;
+#pragma unroll
+                    for (int n = 0; n < D / 8; n++) sum[m][n][2 * half] *= keep, sum[m][n][2 * half + 1] *= keep;
+                }
+            multiply_add<D, BN>(sum, s, v_tile);
+        }
+        cp_async_wait<0>();
+        __syncthreads();
+    }
+
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float l = total[m][half];
+            l += __shfl_xor_sync(0xffffffffu, l, 1);
+            l += __shfl_xor_sync(0xffffffffu, l, 2);
+            total[m][half] = 1.0f / l;
+            const int row = row0 + 16 * m + 8 * half + g;
+            if (t == 0 && row < T) lse[(long long)own.head * T + row] = largest[m][half] * scale + logf(l);
+        }
+    store_rows<D>(out + ((long long)b * T + q0) * C + h * D, C, T - q0, sum, total, q_tile, first);
+}
+
+// ---- backward
+// ---------------------------------------------------------------------------------------------------------
+
+// Reads dout, out (B,T,C), qkv (B,T,3C), lse (B,H,T); writes the block's rows of dQ in dqkv (B,T,3C) and of delta
+// (B,H,T), which `backward_keys` reads after it.
+template <int D, int BM, int BN>
+__device__ __forceinline__ void backward_queries(bf16 *dqkv, float *delta, const bf16 *dout, const bf16 *qkv,
+                                                 const bf16 *out, const float *lse, int T, int H, int heads,
+                                                 int group) {
+    constexpr int M = BM / WARPS / 16, CHUNKS = D / 8;
+    constexpr bool KEEP = M * D <= 64;
+    SHARED(uint4, shared);
+    bf16 *q_tile = (bf16 *)shared, *do_tile = q_tile + BM * D, *k_tiles = do_tile + BM * D;
+    bf16 *v_tiles = k_tiles + 2 * BN * D;
+    const int blocks = (T + BM - 1) / BM;
+    const Task own = task(heads, group, blocks);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int C = H * D, stride = 3 * C, b = own.head / H, h = own.head % H;
+    const int q0 = (blocks - 1 - own.rank) * BM, first = warp * 16 * M, row0 = q0 + first;
+    const float scale = rsqrtf((float)D), c = scale * LOG2E;
+    const bf16 *queries = qkv + (long long)b * T * stride + h * D, *keys = queries + C, *values = keys + C;
+    const long long block = ((long long)b * T + q0) * C + h * D, statistics = (long long)own.head * T;
+    const int tiles = (min(T, q0 + BM) + BN - 1) / BN;
+
+    load_tile<D, BM>(q_tile, queries + (long long)q0 * stride, stride, T - q0);
+    load_tile<D, BM>(do_tile, dout + block, C, T - q0);
+    load_tile<D, BN>(k_tiles, keys, stride, T);
+    load_tile<D, BN>(v_tiles, values, stride, T);
+    cp_async_commit();
+
+    // delta: D / 8 lanes a row; then each lane fetches those of the rows it has a part in
+    float shift[M][2], own_delta[M][2], factor[M][2];
+#pragma unroll
+    for (int i = lane; i < 16 * M * CHUNKS; i += 32) {
+        const int row = first + i / CHUNKS, chunk = i % CHUNKS;
+        float dot = 0.0f;
+        if (q0 + row < T) {
+            const long long at = block + (long long)row * C + chunk * 8;
+            const uint4 x = *(const uint4 *)(dout + at), y = *(const uint4 *)(out + at);
+            const unsigned xs[4] = {x.x, x.y, x.z, x.w}, ys[4] = {y.x, y.y, y.z, y.w};
+#pragma unroll
+            for (int w = 0; w < 4; w++) {
+                dot = fmaf(__uint_as_float(xs[w] << 16), __uint_as_float(ys[w] << 16), dot);
+                dot = fmaf(__uint_as_float(xs[w] & 0xffff0000u), __uint_as_float(ys[w] & 0xffff0000u), dot);
+            }
+        }
+#pragma unroll
+        for (int step = CHUNKS / 2; step > 0; step /= 2) dot += __shfl_xor_sync(0xffffffffu, dot, step);
+        if (chunk == 0 && q0 + row < T) delta[statistics + q0 + row] = dot;
+    }
+    __syncwarp();
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int row = row0 + 16 * m + 8 * half + g;
+            shift[m][half] = row < T ? lse[statistics + row] * LOG2E : INFINITY; // P = 0
+            own_delta[m][half] = row < T ? delta[statistics + row] : 0.0f;
+            factor[m][half] = scale;
+        }
+    float sum[M][D / 8][4];
+    clear(sum);
+    Left<D, M, KEEP> q, dq_out;
+    cp_async_wait<0>();
+    __syncthreads();
+    q.load(q_tile, first);
+    dq_out.load(do_tile, first);
+
+#pragma unroll 1
+    for (int j = 0; j < tiles; j++) {
+        const int k0 = j * BN;
+        const bf16 *k_tile = k_tiles + j % 2 * BN * D, *v_tile = v_tiles + j % 2 * BN * D;
+        if (j + 1 < tiles) {
+            const long long next = (long long)(k0 + BN) * stride;
+            load_tile<D, BN>(k_tiles + (j + 1) % 2 * BN * D, keys + next, stride, T - k0 - BN);
+            load_tile<D, BN>(v_tiles + (j + 1) % 2 * BN * D, values + next, stride, T - k0 - BN);
+            cp_async_commit();
+        }
+        if (k0 < row0 + 16 * M) {
+            float s[M][BN / 8][4], dp[M][BN / 8][4];
+            multiply_rows<D, BN>(s, q, q_tile, first, k_tile);
+            multiply_rows<D, BN>(dp, dq_out, do_tile, first, v_tile);
+            if (k0 + BN - 1 > row0) {
+#pragma unroll
+                for (int m = 0; m < M; m++)
+#pragma unroll
+                    for (int n = 0; n < BN / 8; n++)
+#pragma unroll
+                        for (int e = 0; e < 4; e++)
+                            if (k0 + 8 * n + 2 * t + e % 2 > row0 + 16 * m + g + e / 2 * 8) s[m][n][e] = -INFINITY;
+            }
+#pragma unroll
+            for (int m = 0; m < M; m++)
+#pragma unroll
+                for (int n = 0; n < BN / 8; n++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++) {
+                        const float p = exp2_approx(fmaf(s[m][n][e], c, -shift[m][e / 2]));
+                        s[m][n][e] = p * (dp[m][n][e] - own_delta[m][e / 2]);
+                    }
+            multiply_add<D, BN>(sum, s, k_tile);
+        }
+        cp_async_wait<0>();
+        __syncthreads();
+    }
+    store_rows<D>(dqkv + ((long long)b * T + q0) * stride + h * D, stride, T - q0, sum, factor, q_tile, first);
+}
+
+// Reads dout (B,T,C), qkv (B,T,3C), lse, delta (B,H,T); writes the block's rows of dK (with KEYS) and dV (with VALUES)
+// in dqkv. Both at once, where the registers hold their sums.
+template <int D, int BM, int BN, bool KEYS, bool VALUES>
+__device__ __forceinline__ void backward_keys(bf16 *dqkv, const bf16 *dout, const bf16 *qkv, const float *lse,
+                                              const float *delta, int T, int H, int heads, int group) {
+    constexpr int M = BM / WARPS / 16;
+    SHARED(uint4, shared);
+    bf16 *k_tile = (bf16 *)shared, *v_tile = k_tile + BM * D;
+    bf16 *q_tiles = v_tile + (KEYS ? BM * D : 0), *do_tiles = q_tiles + 2 * BN * D;
+    float *shifts = (float *)(do_tiles + 2 * BN * D), *deltas = shifts + 2 * BN;
+    const int blocks = (T + BM - 1) / BM;
+    const Task own = task(heads, group, blocks);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int C = H * D, stride = 3 * C, b = own.head / H, h = own.head % H;
+    const int k0 = own.rank * BM, first = warp * 16 * M, row0 = k0 + first;
+    const float scale = rsqrtf((float)D), c = scale * LOG2E;
+    const bf16 *queries = qkv + (long long)b * T * stride + h * D, *keys = queries + C, *values = keys + C;
+    const bf16 *douts = dout + (long long)b * T * C + h * D;
+    lse += (long long)own.head * T, delta += (long long)own.head * T;
+
+    load_tile<D, BM>(k_tile, keys + (long long)k0 * stride, stride, T - k0);
+    if (KEYS) load_tile<D, BM>(v_tile, values + (long long)k0 * stride, stride, T - k0);
+    load_tile<D, BN>(q_tiles, queries + (long long)k0 * stride, stride, T - k0);
+    load_tile<D, BN>(do_tiles, douts + (long long)k0 * C, C, T - k0);
+    cp_async_commit();
+    float dk[M][KEYS ? D / 8 : 1][4], dv[M][VALUES ? D / 8 : 1][4];
+    clear(dk), clear(dv);
+    float next_shift = INFINITY, next_delta = 0.0f; // of this thread's query in the tile to come; P = 0 where none is
+    if (threadIdx.x < BN) {
+        if (k0 + (int)threadIdx.x < T) next_shift = lse[k0 + threadIdx.x] * LOG2E, next_delta = delta[k0 + threadIdx.x];
+        shifts[threadIdx.x] = next_shift, deltas[threadIdx.x] = next_delta;
+    }
+    cp_async_wait<0>();
+    __syncthreads();
+
+#pragma unroll 1
+    for (int q0 = k0, stage = 0; q0 < T; q0 += BN, stage ^= 1) {
+        const bf16 *q_tile = q_tiles + stage * BN * D, *do_tile = do_tiles + stage * BN * D;
+        const int next = q0 + BN;
+        if (next < T) {
+            load_tile<D, BN>(q_tiles + (stage ^ 1) * BN * D, queries + (long long)next * stride, stride, T - next);
+            load_tile<D, BN>(do_tiles + (stage ^ 1) * BN * D, douts + (long long)next * C, C, T - next);
+            cp_async_commit();
+        }
+        if (threadIdx.x < BN) {
+            const int row = next + threadIdx.x;
+            next_shift = row < T ? lse[row] : INFINITY, next_delta = row < T ? delta[row] : 0.0f;
+        }
+        if (q0 + BN > row0) { // else all of it is before these keys
+            float s[M][BN / 8][4];
+            Left<D, M, false> k;
+            multiply_rows<D, BN>(s, k, k_tile, first, q_tile);
+            if (q0 < row0 + 16 * M - 1) {
+#pragma unroll
+                for (int m = 0; m < M; m++)
+#pragma unroll
+                    for (int n = 0; n < BN / 8; n++)
+#pragma unroll
+                        for (int e = 0; e < 4; e++)
+                            if (q0 + 8 * n + 2 * t + e % 2 < row0 + 16 * m + g + e / 2 * 8) s[m][n][e] = -INFINITY;
+            }
+#pragma unroll
+            for (int n = 0; n < BN / 8; n++) {
+                const float2 shift = *(const float2 *)(shifts + stage * BN + 8 * n + 2 * t);
+#pragma unroll
+                for (int m = 0; m < M; m++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++)
+                        s[m][n][e] = exp2_approx(fmaf(s[m][n][e], c, e % 2 ? -shift.y : -shift.x));
+            }
+            if constexpr (VALUES) multiply_add<D, BN>(dv, s, do_tile);
+            if constexpr (KEYS) {
+                float dp[M][BN / 8][4];
+                Left<D, M, false> v;
+                multiply_rows<D, BN>(dp, v, v_tile, first, do_tile);
+#pragma unroll
+                for (int n = 0; n < BN / 8; n++) {
+                    const float2 d = *(const float2 *)(deltas + stage * BN + 8 * n + 2 * t);
+#pragma unroll
+                    for (int m = 0; m < M; m++)
+#pragma unroll
+                        for (int e = 0; e < 4; e++) s[m][n][e] *= dp[m][n][e] - (e % 2 ? d.y : d.x);
+                }
+                multiply_add<D, BN>(dk, s, q_tile);
+            }
+        }
+        if (threadIdx.x < BN) {
+            shifts[(stage ^ 1) * BN + threadIdx.x] = next_shift * LOG2E;
+            deltas[(stage ^ 1) * BN + threadIdx.x] = next_delta;
+        }
+        cp_async_wait<0>();
+        __syncthreads();
+    }
+
+    float factor[M][2];
+    bf16 *rows = dqkv + ((long long)b * T + k0) * stride + h * D;
+    if constexpr (KEYS) {
+#pragma unroll
+        for (int m = 0; m < M; m++) factor[m][0] = factor[m][1] = scale;
+        store_rows<D>(rows + C, stride, T - k0, dk, factor, k_tile, first);
+    }
+    if constexpr (VALUES) {
+#pragma unroll
+        for (int m = 0; m < M; m++) factor[m][0] = factor[m][1] = 1.0f;
+        store_rows<D>(rows + 2 * C, stride, T - k0, dv, factor, k_tile, first);
+    }
+}
+
+} // namespace
+
+// ---- one kernel a head size; tiles as in attention.py
+// -------------------------------------------------------------------
+
+#define FORWARD(D, BM, BN)                                                                                             \
+    extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                           \
+        flash_forward_##D(bf16 *out, float *lse, const bf16 *qkv, int T, int H, int heads, int group) {                \
+        forward<D, BM, BN>(out, lse, qkv, T, H, heads, group);                                                         \
+    }
+
+#define BACKWARD_QUERIES(D, BM, BN)                                                                                    \
+    extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                           \
+        flash_backward_queries_##D(bf16 *dqkv, float *delta, const bf16 *dout, const bf16 *qkv, const bf16 *out,       \
+                                   const float *lse, int T, int H, int heads, int group) {                             \
+        backward_queries<D, BM, BN>(dqkv, delta, dout, qkv, out, lse, T, H, heads, group);                             \
+    }
+
+#define BACKWARD_KEYS(name, D, BM, BN, KEYS, VALUES)                                                                   \
+    extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                           \
+        flash_backward_##name##_##D(bf16 *dqkv, const bf16 *dout, const bf16 *qkv, const float *lse,                   \
+                                    const float *delta, int T, int H, int heads, int group) {                          \
+        backward_keys<D, BM, BN, KEYS, VALUES>(dqkv, dout, qkv, lse, delta, T, H, heads, group);                       \
+    }
+
+FORWARD(16, 128, 64)
+FORWARD(32, 128, 64)
+FORWARD(64, 128, 64)
+FORWARD(128, 128, 32)
+FORWARD(256, 64, 32)
+
+BACKWARD_QUERIES(16, 128, 32)
+BACKWARD_QUERIES(32, 128, 32)
+BACKWARD_QUERIES(64, 128, 32)
+BACKWARD_QUERIES(128, 64, 32)
+BACKWARD_QUERIES(256, 64, 16)
+
+BACKWARD_KEYS(keys_values, 16, 128, 32, true, true)
+BACKWARD_KEYS(keys_values, 32, 128, 32, true, true)
+BACKWARD_KEYS(keys_values, 64, 128, 32, true, true)
+BACKWARD_KEYS(keys_values, 128, 64, 32, true, true)
+BACKWARD_KEYS(keys, 256, 64, 16, true, false)
+BACKWARD_KEYS(values, 256, 64, 16, false, true)
