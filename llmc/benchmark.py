@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 TURN_SECONDS = 0.02  # that an op is called again and again in one turn, at least
 # How every benchmark trains, those of bench/ too: AdamW with decay on matrices.
 LEARNING_RATE = 1e-4
-RECIPE: dict[str, Any] = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
+RECIPE = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
 
 Progress = Callable[[str], None]
 
@@ -408,9 +408,8 @@ class Program:
         self.configuration = c = configuration
         self.model = loading.load(c.init, isa=c.isa, threads=c.threads, dtype=c.dtype, seed=c.seed)
         self.model.prepare(c.B, c.T, c.recompute)
-        model, grads = self.model, self.model.grads
-        assert grads is not None
-        self.optimizer = AdamW(model.params.table, model.params, grads, model.ops, weights=model.weights, **RECIPE)
+        assert self.model.grads is not None
+        self.optimizer = AdamW(self.model.params.table, self.model.params, self.model.grads, self.model.ops, **RECIPE)
 
     def step(self, number: int) -> tuple[float, list[float]]:
         """One step: its loss, and the times at which it began, and had done forward, backward and update."""

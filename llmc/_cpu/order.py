@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
-from llmc.arena import Array
+import numpy as np
+
+Array = np.ndarray[Any, Any]
 
 
 def record(function: Callable[[], None]) -> Callable[[], None]:
