@@ -3,7 +3,8 @@
 A product of M x K and K x N counts 2 M N K, a linear layer's backward pass two such products.  Causal attention counts
 the T (T + 1) / 2 scores that are not masked, in two products forward and five backward.  Everything else that an op
 computes is not counted.  Bytes are those of every argument once for reading and once for writing, however often an op
-comes back to them; of a table, the rows in use; of an update, the spans.  A cache may spare an op even these, or cost it more.
+comes back to them; of a table, the rows in use; of an update, the spans.  A cache may spare an op even these, or cost
+it more.
 """
 
 from __future__ import annotations

@@ -86,15 +86,17 @@ def summed(n: int) -> float:
 # starts from what is there.
 OUTPUTS: dict[str, dict[str, str]] = {
     "zero": {"x": "write"},
+    "copy": {"out": "write"},
     "normal": {"out": "write"},
     "embedding_forward": {"out": "write"},
     "embedding_backward": {"dwte": "update", "dwpe": "sum"},
     "layernorm_forward": {"out": "write", "mean": "write", "rstd": "write"},
     "layernorm_backward": {"dx": "update", "dw": "sum", "db": "sum"},
+    "residual_layernorm_forward": {"total": "write", "out": "write", "mean": "write", "rstd": "write"},
     "linear_forward": {"out": "write"},
     "linear_backward": {"dx": "write", "dw": "sum", "db": "sum"},
     "linear_gelu_forward": {"out": "write", "pre": "write"},
-    "linear_gelu_backward": {"dx": "write", "dw": "sum", "db": "sum", "dpre": "write"},
+    "gelu_linear_backward": {"dpre": "write", "dw": "sum", "db": "sum"},
     "gelu_forward": {"out": "write"},
     "gelu_backward": {"dx": "write"},
     "residual_forward": {"out": "write"},
@@ -103,8 +105,10 @@ OUTPUTS: dict[str, dict[str, str]] = {
     "attention_decode": {"out": "write", "keys": "update", "values": "update"},
     "head_loss": {"losses": "write", "dx": "write", "dw": "sum"},
     "head_logits": {"logits": "write"},
-    "global_norm": {},
-    "adamw_step": {"w": "update", "m": "update", "v": "update"},
+    "sum_losses": {"total": "sum"},
+    "global_norm": {"norm": "write"},
+    "clip_scale": {"scale": "write"},
+    "adamw_step": {"w": "update", "m": "update", "v": "update", "copy": "update"},
 }
 
 
@@ -184,8 +188,8 @@ def check(
 ) -> dict[str, Array]:
     """Run `op` both ways and hold every output against the reference; gives the last run's outputs.
 
-    `values` are the op's arguments in order: inputs as float32 or int32 arrays, which the reference sees
-    too, exactly; of an output that is overwritten only the shape counts.
+    `values` are the op's arguments in order: inputs as float32, float64 or int32 arrays, which the reference
+    sees too, exactly; of an output that is overwritten only the shape and the type count.
     """
     arguments = dict(zip(names(op), values, strict=True))
     expected = expect(op, arguments)
@@ -211,6 +215,11 @@ def blank(*shape: int) -> Array:
     return np.zeros(shape, np.float32)
 
 
+def number(*values: float) -> Array:
+    """Scalars on the device; without values one that is to be written."""
+    return np.array(values or [0.0], np.float64)
+
+
 class Sizes(NamedTuple):
     """The letters of the contract; N is the width of a linear layer's output."""
 
@@ -233,13 +242,14 @@ def example(op: str, rng: Generator, s: Sizes, accumulate: bool = True) -> Argum
     def new(*shape: int) -> Array:
         return floats(rng, *shape)
 
-    table, positions, matrix = (s.Vp, C), (s.maxT, C), (N, C)
+    table, positions, matrix, n = (s.Vp, C), (s.maxT, C), (N, C), N * C
     if op == "attention_backward":
         qkv, out, lse = new(B, T, 3 * C), blank(*channels), blank(B, H, T)
         reference.attention_forward(out, lse, qkv)
         return dict(zip(names(op), (new(B, T, 3 * C), new(*channels), qkv, out, lse), strict=True))
     values: dict[str, Callable[[], tuple[Any, ...]]] = {
         "zero": lambda: (new(*channels),),
+        "copy": lambda: (new(*channels), new(*channels)),
         "normal": lambda: (new(*channels), 3, 5, 0.5),
         "embedding_forward": lambda: (new(*channels), ids, new(*table), new(*positions), V, s.maxT - T),
         "embedding_backward": lambda: (new(*table), new(*positions), new(*channels), ids, accumulate),
@@ -250,14 +260,17 @@ def example(op: str, rng: Generator, s: Sizes, accumulate: bool = True) -> Argum
             new(*channels), new(C), new(C), new(*channels), new(*channels), new(*token), new(*token), new(C),
             accumulate,
         ),
+        "residual_layernorm_forward": lambda: (
+            new(*channels), new(*channels), new(*token), new(*token), new(*channels), new(*channels), new(C), new(C),
+            1e-5,
+        ),
         "linear_forward": lambda: (new(*wide), new(*channels), new(*matrix), new(N)),
         "linear_backward": lambda: (
             new(*channels), new(*matrix), new(N), new(*wide), new(*channels), new(*matrix), accumulate,
         ),
         "linear_gelu_forward": lambda: (new(*wide), new(*wide), new(*channels), new(*matrix), new(N)),
-        "linear_gelu_backward": lambda: (
-            new(*channels), new(*matrix), new(N), new(*wide), new(*wide), new(*wide), new(*channels),
-            new(*matrix), accumulate,
+        "gelu_linear_backward": lambda: (
+            new(*channels), new(*matrix), new(N), new(*wide), new(*channels), new(*channels), new(*matrix), accumulate,
         ),
         "gelu_forward": lambda: (new(*channels), new(*channels)),
         "gelu_backward": lambda: (new(*channels), new(*channels), new(*channels)),
@@ -270,9 +283,12 @@ def example(op: str, rng: Generator, s: Sizes, accumulate: bool = True) -> Argum
             new(*token), new(*channels), new(*table), new(*channels), new(*table), ids, V, 0.5, accumulate,
         ),
         "head_logits": lambda: (new(B, T, V), new(*channels), new(*table), V),
-        "global_norm": lambda: (new(*channels),),
+        "sum_losses": lambda: (number(2.5), new(*token), 0.5, accumulate),
+        "global_norm": lambda: (number(1.5), new(*channels)),
+        "clip_scale": lambda: (number(1.5), number(4.0), number(3.0), 1.0),
         "adamw_step": lambda: (
-            new(*matrix), new(*matrix), new(*matrix) ** 2, new(*matrix), 0.01, 0.9, 0.999, 1e-8, 0.1, 2, 0.5,
+            new(n), new(n), new(n) ** 2, new(n), new(n), number(0.01, 2.0), number(0.5),
+            ((0, n // 3, 0.1), (n // 2, n, 0.0)), 0.9, 0.999, 1e-8, 7,
         ),
     }
     return dict(zip(names(op), values[op](), strict=True))

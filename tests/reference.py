@@ -343,7 +343,7 @@ def global_norm(norm: Array, x: Array) -> None:
 
 
 def clip_scale(scale: Array, norm: Array, loss: Array, limit: float) -> None:
-    if not np.isfinite(norm[0] + loss[0]):
+    if not (np.isfinite(norm[0]) and np.isfinite(loss[0])):
         scale[0] = np.nan
     else:
         scale[0] = limit / norm[0] if 0 < limit < norm[0] else 1.0

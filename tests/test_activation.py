@@ -1,4 +1,4 @@
-"""gelu_forward, gelu_backward, residual_forward, zero."""
+"""gelu_forward, gelu_backward, residual_forward, zero, copy."""
 
 from __future__ import annotations
 
@@ -121,3 +121,25 @@ def test_zero(ops: ModuleType, shape: tuple[int, ...]) -> None:
         ops.zero(guard.array)
         assert guard.array.tobytes() == bytes(guard.array.nbytes)
         assert guard.intact()
+
+
+@pytest.mark.parametrize("shape", SHAPES + LARGE)
+def test_copy(ops: ModuleType, rng: Generator, shape: tuple[int, ...]) -> None:
+    """The same bits, signed zeros, denormals and infinities among them."""
+    x = floats(rng, *shape)
+    special = np.array([-0.0, np.inf, -np.inf, 1e-45, -1.2e-38, 3.4028235e38, 0.0], np.float32)
+    x.reshape(-1)[: len(special)] = special[: x.size]
+    for place in PLACES:
+        out, source = Guarded(np.full(shape, np.nan, np.float32), place), Guarded(x, place)
+        ops.copy(out.array, source.array)
+        assert out.array.tobytes() == source.array.tobytes() == x.tobytes()
+        assert out.intact() and source.intact()
+
+
+@pytest.mark.parametrize("n", [1, 8, 17, 64, 100])
+def test_copy_keeps_nan(ops: ModuleType, n: int) -> None:
+    for index in {0, n // 2, n - 1}:
+        x, out = np.ones(n, np.float32), blank(n)
+        x[index] = np.nan
+        ops.copy(out, x)
+        assert np.isnan(out[index]) and (np.delete(out, index) == 1).all()

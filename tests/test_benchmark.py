@@ -91,14 +91,14 @@ def test_only_a_few_arrays_at_a_time(cpu: ModuleType, monkeypatch: pytest.Monkey
     live: dict[int, tuple[int, ...]] = {}
     most, number, real = [0], [0], cpu.empty
     config = preset("tiny")
-    tables = {(V, config.channels) for V in (config.vocab_size, config.padded_vocab_size)}
+    tables = {V * config.channels for V in (config.vocab_size, config.padded_vocab_size)}
 
     def empty(shape: tuple[int, ...], dtype: str) -> np.ndarray:
         array = real(shape, dtype)
         number[0] += 1
         live[number[0]] = shape
         weakref.finalize(array, live.pop, number[0])
-        most[0] = max(most[0], sum(shape in tables for shape in live.values()))
+        most[0] = max(most[0], sum(math.prod(shape) in tables for shape in live.values()))
         return array
 
     monkeypatch.setattr(cpu, "empty", empty)
@@ -179,6 +179,7 @@ def test_the_backend_is_set_back(cpu: ModuleType) -> None:
         ("--isas sse9", "isa: 'sse9'"), ("--init gpt2", "init: 'gpt2'"), ("-T 65", "sequence_length: "),
         ("-B 0", "batch_size: "), ("--repeats 0", "repeats: "), ("--warmup -1", "warmup: "),
         ("--seconds nan", "seconds: "), ("--seconds -1", "seconds: "), ("--dtype fp8", "dtype: 'fp8'"),
+        ("--dtype fp32,tf32", "dtype: tf32 is for GPUs"),
         ("--dtype ,", "dtype: is empty"), ("--only nothing", "only: "), ("--threads 0", "threads: "),
     ],
 )  # fmt: skip
@@ -194,7 +195,8 @@ def test_markdown(cpu: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(f"bench kernels {QUICK} --only layernorm --isas scalar", capsys)
     lines = out.splitlines()
     assert status == 0 and lines[0].split("|")[1].strip() == "op" and "scalar" in lines[0] and "of peak" in lines[0]
-    assert [line.split()[1] for line in lines[2:4]] == ["layernorm_forward", "layernorm_backward"]
+    found = [line.split()[1] for line in lines[2:5]]
+    assert found == ["layernorm_forward", "layernorm_backward", "residual_layernorm_forward"]
     assert len({line.count("|") for line in lines[:4]}) == 1 and lines[2].count("%") == 1
     assert "instruction set: scalar;" in lines[-1] and "commit: " in lines[-1] and "processor: " in lines[-1]
 

@@ -58,7 +58,9 @@ def test_cpu_is_a_backend(cpu: ModuleType) -> None:
 
 def test_every_op_has_tests() -> None:
     """guard.OUTPUTS and guard.example, on which the op tests stand, leave nothing out."""
-    assert set(OUTPUTS) == set(CONTRACT) - {"info", "empty", "reserve", "workspace_nbytes"}
+    assert set(OUTPUTS) == set(CONTRACT) - {
+        "info", "empty", "reserve", "workspace_nbytes", "memory", "record", "fetch", "stamp", "elapsed",
+    }  # fmt: skip
     rng = np.random.default_rng(0)
     for op in OUTPUTS:
         assert list(example(op, rng, SIZES)) == CONTRACT[op]
@@ -82,18 +84,103 @@ def test_load(cpu: ModuleType) -> None:
         load("tpu")
 
 
+@pytest.mark.parametrize("device, settings, message", [
+    ("cpu:0", {}, r"device: 'cpu:0' is not available"),
+    ("cuda:x", {}, r"device: 'cuda:x' is not available"),
+    ("cpu", {"gemm": "own"}, r"gemm: 'own' means nothing on the device 'cpu'"),
+    ("cpu", {"attention": "own"}, r"attention: 'own' means nothing on the device 'cpu'"),
+    ("cuda", {"isa": "scalar"}, r"isa: 'scalar' means nothing on the device 'cuda'"),
+    ("cuda:1", {"threads": 2}, r"threads: 2 means nothing on the device 'cuda:1'"),
+    ("cpu", {"dtype": "fp8"}, r"dtype: 'fp8' is unknown; choose from fp32, tf32, bf16"),
+    ("cpu", {"dtype": "tf32"}, r"dtype: tf32 is for GPUs; a CPU takes fp32 and bf16"),
+])
+def test_load_of_what_does_not_fit(cpu: ModuleType, device: str, settings: dict[str, Any], message: str) -> None:
+    """Refused, and the backend is as it was."""
+    before = cpu.info()
+    with pytest.raises(ConfigError, match=message):
+        load(device, **settings)
+    assert cpu.info() == before
+
+
 def test_types_of_products(cpu: ModuleType) -> None:
-    """The kernels, which stand below the contract, know the same names in the same order."""
+    """The kernels, which stand below the contract, know the same names in the same order, but for a GPU's own."""
     from llmc._cpu.isa import DTYPES as known
 
-    assert known == DTYPES
+    assert known == tuple(dtype for dtype in DTYPES if dtype != "tf32")
     assert load("cpu").info()["dtype"] == DTYPES[0]
+
+
+def test_info(cpu: ModuleType) -> None:
+    """Precision is that of products; whatever lies in memory is float32, and no step is ahead of what is looked at."""
+    for dtype in ("fp32", "bf16"):
+        cpu.configure(isa=cpu.info()["isa"], threads=1, dtype=dtype)
+        info = cpu.info()
+        assert (info["device"], info["storage"], info["ahead"], info["dtype"]) == ("cpu", "float32", 0, dtype)
+    for backend in (cpu, reference):
+        assert {"device", "dtype", "storage", "ahead"} <= set(backend.info())
+
+
+# ---- order -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_record(cpu: ModuleType, backend: str) -> None:
+    """What is recorded is done at every call, the first included, on what the arrays hold by then."""
+    ops = cpu if backend == "cpu" else reference
+    x, y, total = ops.empty((3, 5), "float32"), ops.empty((3, 5), "float32"), ops.empty((1,), "float64")
+
+    def function() -> None:
+        ops.residual_forward(y, y, x)
+        ops.sum_losses(total, y, 0.5, True)
+
+    replay = ops.record(function)
+    assert not np.asarray(total).any(), "recording does nothing yet"
+    expected, summed = 0.0, 0.0
+    for value in (1.0, 2.0, -3.0, 4.0, 0.5):
+        x[...] = value
+        assert replay() is None
+        expected += value
+        summed += 0.5 * 15 * expected
+        assert (np.asarray(y) == expected).all() and np.asarray(total)[0] == summed
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_fetch(cpu: ModuleType, backend: str) -> None:
+    """The values after the ops so far, again and again, of any type and shape."""
+    ops = cpu if backend == "cpu" else reference
+    for shape, dtype in (((2, 3), "float32"), ((1,), "float64"), ((0, 4), "float32"), ((2, 2), "int32")):
+        x = ops.empty(shape, dtype)
+        x[...] = 3
+        values = ops.fetch(x)
+        for _ in range(2):
+            found = values()
+            assert isinstance(found, np.ndarray) and found.dtype == np.dtype(dtype) and found.shape == shape
+            assert (found == 3).all()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_stamps(cpu: ModuleType, backend: str) -> None:
+    """Time passes between two stamps, and adds up."""
+    ops = cpu if backend == "cpu" else reference
+    x = ops.empty((1 << 16,), "float32")
+    first = ops.stamp()
+    ops.gelu_forward(x, x)
+    second = ops.stamp()
+    ops.gelu_forward(x, x)
+    third = ops.stamp()
+    parts = ops.elapsed(first, second), ops.elapsed(second, third)
+    assert min(parts) > 0 and sum(parts) == pytest.approx(ops.elapsed(first, third), abs=1e-6)
+    assert ops.elapsed(first, third) < 60
+
+
+def test_memory_is_the_machines(cpu: ModuleType) -> None:
+    assert cpu.memory() is None
 
 
 # ---- memory ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "float32", "int32", "uint16"])
+@pytest.mark.parametrize("dtype", ["uint8", "float32", "float64", "int32", "uint16"])
 @pytest.mark.parametrize("shape", [(1,), (3, 5), (0,), (2, 0), (1000003,), (4 << 20,)])
 def test_empty(cpu: ModuleType, shape: tuple[int, ...], dtype: str) -> None:
     """Zero-filled, contiguous, aligned to a cache line, writable, and its own."""
@@ -139,22 +226,25 @@ def refuse(
 
 ARRAYS = [(op, name) for op in OUTPUTS for name in arrays_of(op)]
 OPTIONAL = {("linear_forward", "b"), ("linear_backward", "db"), ("linear_gelu_forward", "b")}
-OPTIONAL |= {("linear_gelu_backward", "db")}
+OPTIONAL |= {("gelu_linear_backward", "db"), ("adamw_step", "copy")}
 
 
-@pytest.mark.parametrize("wrong", ["float64", "float16", "uint8", "other integer", "big-endian"])
+@pytest.mark.parametrize("wrong", ["other float", "float16", "uint8", "other integer", "big-endian"])
 @pytest.mark.parametrize("op, name", ARRAYS)
 def test_wrong_dtype(cpu: ModuleType, rng: Generator, op: str, name: str, wrong: str) -> None:
     given = example(op, rng, SIZES)
-    token = given[name].dtype == np.int32
-    other = "int64" if token else "int32"
-    dtype = {"other integer": other, "big-endian": ">i4" if token else ">f4"}.get(wrong, wrong)
-    given[name] = given[name].astype(dtype)
+    own = given[name].dtype
+    others = {
+        "other float": "float32" if own == np.float64 else "float64",
+        "other integer": "int64" if own == np.int32 else "int32", "big-endian": own.newbyteorder(">"),
+    }  # fmt: skip
+    given[name] = given[name].astype(others.get(wrong, wrong))
     refuse(cpu, op, given, ValueError, [name])
 
 
-ONE_ARRAY = {"zero", "normal", "global_norm"}  # of any shape
-ANY_RANK = {"zero", "normal", "gelu_forward", "gelu_backward", "residual_forward", "global_norm", "adamw_step"}
+ANY_SHAPE = {("zero", "x"), ("normal", "out"), ("global_norm", "x")}
+ANY_SIZE = {("sum_losses", "losses")}
+ANY_RANK = {"copy", "gelu_forward", "gelu_backward", "residual_forward"}  # that of the others
 
 
 @pytest.mark.parametrize("change", ["one more", "one less", "flat"])
@@ -165,7 +255,7 @@ def test_wrong_rank(cpu: ModuleType, rng: Generator, op: str, name: str, change:
     new = {"one more": (1, *shape), "one less": (-1, *shape[2:]), "flat": (-1,)}[change]
     if change != "one more" and len(shape) == 1:
         pytest.skip("has one axis already")
-    if op in ONE_ARRAY:
+    if (op, name) in ANY_SHAPE:
         pytest.skip("takes any shape")
     given[name] = given[name].reshape(new)
     refuse(cpu, op, given, ValueError, arrays_of(op) if op in ANY_RANK else [name])
@@ -221,7 +311,7 @@ FREE_AXES = {
         (op, name, axis)
         for op, name in ARRAYS
         for axis in range(example(op, np.random.default_rng(0), SIZES)[name].ndim)
-        if op not in ONE_ARRAY
+        if (op, name) not in ANY_SHAPE | ANY_SIZE
     ],
 )
 def test_wrong_size(cpu: ModuleType, rng: Generator, op: str, name: str, axis: int, by: int) -> None:
@@ -266,12 +356,14 @@ SCALARS = [
     ("head_logits", "V", SIZES.V + 1), ("head_logits", "V", SIZES.V - 1), ("head_logits", "V", -1),
     ("normal", "seed", -1), ("normal", "seed", 2**64), ("normal", "stream", -1), ("normal", "stream", 2**64),
     ("normal", "std", -0.5), ("normal", "std", math.nan), ("normal", "std", math.inf),
-    ("adamw_step", "step", 0), ("adamw_step", "step", -1),
+    ("adamw_step", "spans", [(-1, 3, 0.0)]), ("adamw_step", "spans", [(0, SIZES.N * SIZES.C + 1, 0.0)]),
+    ("adamw_step", "spans", [(3, 2, 0.0)]), ("adamw_step", "spans", [(0, 5, 0.0), (4, 6, 0.0)]),
+    ("adamw_step", "spans", [(5, 6, 0.0), (0, 2, 0.0)]), ("adamw_step", "spans", [(0, 2, 0.0), (2**62, 2**63, 0.0)]),
 ]
 
 
 @pytest.mark.parametrize("op, name, value", SCALARS)
-def test_wrong_scalar(cpu: ModuleType, rng: Generator, op: str, name: str, value: int) -> None:
+def test_wrong_scalar(cpu: ModuleType, rng: Generator, op: str, name: str, value: Any) -> None:
     given = example(op, rng, SIZES)
     given[name] = value
     related = {"V": ["V", "tokens", "targets", "wte", "w", "logits"], "H": ["H"]}

@@ -1,4 +1,4 @@
-"""head_loss, head_logits."""
+"""head_loss, head_logits, sum_losses."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from guard import FLUSHED, TINY, UNIT, Array, blank, check, floats, summed
+from guard import FLUSHED, TINY, UNIT, Array, blank, check, floats, number, summed
 from numpy.random import Generator
 
 VOCABULARIES = [1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 31, 33, 47, 48, 49, 64, 65, 127, 128, 129, 257, 513]
@@ -26,10 +26,11 @@ HEAVY = [
 ]
 
 
-def padded(rng: Generator, V: int, C: int, fill: float) -> Array:
-    """A table of V rows and a few more of `fill`, which must not matter."""
+def padded(rng: Generator, V: int, C: int) -> Array:
+    """A table of V rows and a few more, which must not matter: were one of them read as a word, nothing else would
+    count.  They are finite: a device may multiply them by 0."""
     w = floats(rng, -(-V // 8) * 8 + 8, C)
-    w[V:] = fill
+    w[V:] = 1e30
     return w
 
 
@@ -85,7 +86,7 @@ def bounds_of(
 @pytest.mark.parametrize("B, T, C, V", SHAPES + HEAVY)
 def test_loss(ops: ModuleType, rng: Generator, B: int, T: int, C: int, V: int) -> None:
     """Evaluation: no gradients."""
-    x, w, targets = floats(rng, B, T, C), padded(rng, V, C, np.nan), targets_for(rng, B, T, V)
+    x, w, targets = floats(rng, B, T, C), padded(rng, V, C), targets_for(rng, B, T, V)
     bounds = bounds_of(None, x, w, targets, V, 1.0, False)
     check(ops, "head_loss", (blank(B, T), None, None, x, w, targets, V, 1.0, False), bounds)
 
@@ -93,8 +94,8 @@ def test_loss(ops: ModuleType, rng: Generator, B: int, T: int, C: int, V: int) -
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("B, T, C, V", SHAPES + HEAVY)
 def test_gradients(ops: ModuleType, rng: Generator, B: int, T: int, C: int, V: int, accumulate: bool) -> None:
-    """Padded rows of w hold NaN; those of dw become 0, or stay as they are when accumulating."""
-    x, w, targets = floats(rng, B, T, C), padded(rng, V, C, np.nan), targets_for(rng, B, T, V)
+    """Padded rows of dw become 0, or stay as they are when accumulating."""
+    x, w, targets = floats(rng, B, T, C), padded(rng, V, C), targets_for(rng, B, T, V)
     dw, scale = floats(rng, *w.shape), 1 / max(B * T, 1)
     bounds = bounds_of(dw, x, w, targets, V, scale, accumulate)
     given = (blank(B, T), blank(B, T, C), dw, x, w, targets, V, scale, accumulate)
@@ -105,7 +106,7 @@ def test_gradients(ops: ModuleType, rng: Generator, B: int, T: int, C: int, V: i
 @pytest.mark.parametrize("B, T, C, V", [(1, 1, 1, 2), (2, 13, 17, 33), (1, 70, 9, 65), (3, 47, 20, 129)])
 def test_gradient_over_its_input(ops: ModuleType, rng: Generator, B: int, T: int, C: int, V: int) -> None:
     """dx may be x, whose last use is the gradient of w."""
-    x, w, targets = floats(rng, B, T, C), padded(rng, V, C, 1e30), targets_for(rng, B, T, V)
+    x, w, targets = floats(rng, B, T, C), padded(rng, V, C), targets_for(rng, B, T, V)
     dw = floats(rng, *w.shape)
     for accumulate in (False, True):
         bounds = bounds_of(dw, x, w, targets, V, -0.7, accumulate)
@@ -207,6 +208,41 @@ def test_nan_in_one_logit(ops: ModuleType, rng: Generator) -> None:
 
 @pytest.mark.parametrize("B, T, C, V", SHAPES + HEAVY)
 def test_logits(ops: ModuleType, rng: Generator, B: int, T: int, C: int, V: int) -> None:
-    x, w = floats(rng, B, T, C), padded(rng, V, C, np.nan)
+    x, w = floats(rng, B, T, C), padded(rng, V, C)
     _, off = logits_and_bound(x, w, V)
     check(ops, "head_logits", (blank(B, T, V), x, w, V), {"logits": off.reshape(B, T, V)})
+
+
+DOUBLE = 2.0**-53
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 1 / 3, -1e-4])
+@pytest.mark.parametrize("B, T", [
+    (1, 1), (1, 2), (3, 1), (2, 3), (5, 7), (1, 255), (1, 256), (1, 257), (4, 64), (31, 33), (3, 1365), (0, 3), (2, 0),
+])
+def test_sum_losses(ops: ModuleType, rng: Generator, B: int, T: int, scale: float, accumulate: bool) -> None:
+    """In double: n terms, a product and a sum are all that rounds."""
+    total, losses = number(-3.25), np.abs(floats(rng, B, T, scale=3))
+    before = 3.25 if accumulate else 0.0
+    bound = DOUBLE * ((B * T + 2) * abs(scale) * float(losses.sum(dtype=np.float64)) + 2 * before)
+    check(ops, "sum_losses", (total, losses, scale, accumulate), {"total": bound})
+
+
+def test_sum_losses_is_not_float32(ops: ModuleType) -> None:
+    """A thousandth beside thousands: in float32 each would be rounded by up to 6 %."""
+    losses, total = np.full((4, 1024), 1e-3, np.float32), number()
+    losses[0, 0] = 4096
+    ops.sum_losses(total, losses, 1.0, False)
+    exact = math.fsum(losses.ravel().tolist())
+    assert abs(total[0] - exact) <= 4096 * DOUBLE * exact
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("n", [1, 2, 31, 257, 1030])
+def test_sum_losses_shows_what_is_not_finite(ops: ModuleType, rng: Generator, n: int, bad: float) -> None:
+    for index in {0, n // 2, n - 1}:
+        losses, total = np.abs(floats(rng, 1, n)), number()
+        losses[0, index] = bad
+        ops.sum_losses(total, losses, 0.5, False)
+        assert np.isnan(total[0]) if np.isnan(bad) else total[0] == np.inf

@@ -1,4 +1,4 @@
-"""linear_forward, linear_backward, linear_gelu_forward, linear_gelu_backward.
+"""linear_forward, linear_backward, linear_gelu_forward, gelu_linear_backward.
 
 Each of the three sizes of a product is swept alone, past every tile, panel and block edge, with the others
 small and ragged; then come shapes where all are odd at once, and some that cross the cache blocks.
@@ -140,19 +140,43 @@ def test_gelu_forward(ops: ModuleType, rng: Generator, B: int, T: int, K: int, N
     assert own.all(), "out is the gelu of the pre that is kept"
 
 
+def gelu_linear_bounds(
+    dw: Array, db: Array | None, dout: Array, pre: Array, x: Array, w: Array, accumulate: bool
+) -> dict[str, Array]:
+    """Those of the layer; and dpre, which takes what dout @ w is off by times a slope of at most 1.13."""
+    bounds = backward_bounds(dw, db, dout, x, w, accumulate)
+    dx, off = np.empty(x.shape), bounds.pop("dx")
+    reference.linear_backward(dx, np.empty(w.shape), None, dout, x, w, False)
+    return {**bounds, "dpre": 1.13 * off + gelu_backward_bound(np.abs(dx) + off, pre)}
+
+
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("B, T, K, N", GELU_SHAPES)
 def test_gelu_backward(
     ops: ModuleType, rng: Generator, B: int, T: int, K: int, N: int, shared: bool, accumulate: bool
 ) -> None:
-    x, w, b, dout = floats(rng, B, T, K), floats(rng, N, K), floats(rng, N), floats(rng, B, T, N)
-    dw, db = floats(rng, N, K), None if shared else floats(rng, N)
-    pre, exact = blank(B, T, N), np.empty((B, T, N))
-    reference.linear_forward(pre, x, w, b)
-    reference.gelu_backward(exact, dout, pre)
-    off = gelu_backward_bound(dout, pre)
-    bounds = backward_bounds(dw, db, np.abs(exact) + off, x, w, accumulate, off)
-    values = (blank(B, T, K), dw, db, blank(B, T, N), dout, pre, x, w, accumulate)
-    alias = {"dpre": "dout", "dx": "x"} if shared else {}
-    check(ops, "linear_gelu_backward", values, {**bounds, "dpre": off}, alias)
+    """dpre may be x; and there may be no bias."""
+    pre, w, dout = floats(rng, B, T, K, scale=2), floats(rng, N, K), floats(rng, B, T, N)
+    dw, db, x = floats(rng, N, K), None if shared else floats(rng, N), blank(B, T, K)
+    reference.gelu_forward(x, pre)
+    bounds = gelu_linear_bounds(dw, db, dout, pre, x, w, accumulate)
+    values = (blank(B, T, K), dw, db, dout, pre, x, w, accumulate)
+    check(ops, "gelu_linear_backward", values, bounds, {"dpre": "x"} if shared else {})
+
+
+@pytest.mark.parametrize("B, T, K, N", SHAPES + HEAVY)
+def test_gelu_backward_shapes(ops: ModuleType, rng: Generator, B: int, T: int, K: int, N: int) -> None:
+    pre, w, dout = floats(rng, B, T, K, scale=2), floats(rng, N, K), floats(rng, B, T, N)
+    dw, db, x = floats(rng, N, K), floats(rng, N), blank(B, T, K)
+    reference.gelu_forward(x, pre)
+    bounds = gelu_linear_bounds(dw, db, dout, pre, x, w, True)
+    check(ops, "gelu_linear_backward", (blank(B, T, K), dw, db, dout, pre, x, w, True), bounds)
+
+
+def test_gelu_backward_takes_x_as_it_is(ops: ModuleType, rng: Generator) -> None:
+    """dw is from the x that is given, whatever gelu(pre) would be."""
+    pre, x, w, dout = floats(rng, 2, 5, 17), floats(rng, 2, 5, 17), floats(rng, 33, 17), floats(rng, 2, 5, 33)
+    dw, db = floats(rng, 33, 17), floats(rng, 33)
+    bounds = gelu_linear_bounds(dw, db, dout, pre, x, w, False)
+    check(ops, "gelu_linear_backward", (blank(2, 5, 17), dw, db, dout, pre, x, w, False), bounds)

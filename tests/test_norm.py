@@ -1,4 +1,4 @@
-"""layernorm_forward, layernorm_backward."""
+"""layernorm_forward, layernorm_backward, residual_layernorm_forward."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import reference
-from guard import TINY, UNIT, Array, blank, check, floats, summed
+from guard import PLACES, TINY, UNIT, Array, blank, call, check, compare, floats, names, summed
 from numpy.random import Generator
 
 EPS = 1e-5
@@ -95,6 +95,79 @@ def test_nan_is_kept(ops: ModuleType, rng: Generator, C: int, bad: float) -> Non
         ops.layernorm_forward(out, stat, stat.copy(), x, np.ones(C, np.float32), blank(C), EPS)
         assert np.isnan(out[0, 1]).all()
         assert np.isfinite(out[0, [0, 2]]).all()
+
+
+# ---- with the residual sum -------------------------------------------------------------------------
+
+
+def check_residual(
+    ops: ModuleType, x: Array, branch: Array, w: Array, b: Array, alias: dict[str, str] | None = None
+) -> dict[str, Array]:
+    """total is the sum as float32 rounds it, and the rest `layernorm_forward` of that."""
+    op, stat = "residual_layernorm_forward", blank(*x.shape[:2])
+    values = (blank(*x.shape), blank(*x.shape), stat, stat, x, branch, w, b, EPS)
+    total = x + branch
+    exact = {"out": np.empty(x.shape), "mean": np.empty(stat.shape), "rstd": np.empty(stat.shape)}
+    reference.layernorm_forward(*exact.values(), total, w, b, EPS)
+    bounds = forward_bounds(total, w, b, EPS)
+    found: dict[str, Array] = {}
+    for place in PLACES:
+        found = call(ops, op, dict(zip(names(op), values, strict=True)), place, alias or {})
+        assert found["total"].tobytes() == total.tobytes()
+        for name, expected in exact.items():
+            compare(f"{op}, flush at the {place}", name, found[name], expected, bounds[name])
+    return found
+
+
+@pytest.mark.parametrize("B, T, C", SHAPES)
+def test_residual_forward(ops: ModuleType, rng: Generator, B: int, T: int, C: int) -> None:
+    """total may be x, or branch."""
+    x, branch, w, b = floats(rng, B, T, C), floats(rng, B, T, C, scale=0.3), floats(rng, C), floats(rng, C)
+    for alias in ({}, {"total": "x"}, {"total": "branch"}):
+        check_residual(ops, x, branch, w, b, alias)
+
+
+@pytest.mark.parametrize("C", [5, 64, 129, 768])
+def test_residual_forward_of_a_rounded_sum(ops: ModuleType, rng: Generator, C: int) -> None:
+    """Branches of half a unit of x: what is normed is the sum as it is stored, not as it would be exactly."""
+    x = 4096 + np.float32(2.0**-11) * rng.integers(0, 4, (2, 3, C)).astype(np.float32)
+    branch = np.where(rng.integers(0, 2, x.shape) == 1, 2.0**-12, -(2.0**-12)).astype(np.float32)
+    total = x + branch
+    right, wrong = np.empty(x.shape), np.empty(x.shape)
+    stat, ones, zeros = np.empty((2, 3)), np.ones(C, np.float32), blank(C)
+    reference.layernorm_forward(right, stat, stat.copy(), total, ones, zeros, EPS)
+    reference.layernorm_forward(wrong, stat, stat.copy(), x.astype(np.float64) + branch, ones, zeros, EPS)
+    found = check_residual(ops, x, branch, ones, zeros)
+    assert np.abs(found["out"] - wrong).max() > 3 * np.abs(found["out"] - right).max()
+
+
+@pytest.mark.parametrize("B, T, C", SHAPES)
+def test_residual_forward_is_its_two_halves(cpu: ModuleType, rng: Generator, B: int, T: int, C: int) -> None:
+    """To the bit, with any instruction set."""
+    x, branch, w, b = floats(rng, B, T, C), floats(rng, B, T, C), floats(rng, C), floats(rng, C)
+    for isa in cpu.isas():
+        cpu.configure(isa=isa, threads=2)
+        one, two = ([blank(B, T, C), blank(B, T, C), blank(B, T), blank(B, T)] for _ in range(2))
+        cpu.residual_layernorm_forward(*one, x, branch, w, b, EPS)
+        cpu.residual_forward(two[0], x, branch)
+        cpu.layernorm_forward(*two[1:], two[0], w, b, EPS)
+        for fused, apart in zip(one, two, strict=True):
+            assert fused.tobytes() == apart.tobytes(), isa
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_residual_forward_keeps_nan(ops: ModuleType, rng: Generator, bad: float) -> None:
+    for which in (0, 1):
+        given, outputs = [floats(rng, 1, 3, 19), floats(rng, 1, 3, 19)], [blank(1, 3, 19), blank(1, 3, 19)]
+        given[which][0, 1, 7] = bad
+        ops.residual_layernorm_forward(
+            *outputs, blank(1, 3), blank(1, 3), *given, np.ones(19, np.float32), blank(19), EPS
+        )
+        assert not np.isfinite(outputs[0][0, 1, 7]) and np.isnan(outputs[1][0, 1]).all()
+        assert np.isfinite(outputs[1][0, [0, 2]]).all()
+
+
+# ---- backward --------------------------------------------------------------------------------------
 
 
 def backward_bounds(

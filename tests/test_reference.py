@@ -132,16 +132,39 @@ def test_linear(
         np.testing.assert_allclose(out, plain, rtol=1e-12, atol=1e-12)
     before_w, before_b = rng.normal(size=w.shape), rng.normal(size=N)
     dw, db = before_w.copy(), before_b.copy() if bias else None
-    dx = x.copy()  # the contract lets dx be x
+    dout = g.copy()
     if gelu:
-        dpre = g.copy()  # and dpre be dout
-        reference.linear_gelu_backward(dx, dw, db, dpre, dpre, pre.copy(), dx, w, accumulate)
-        slope = np.empty(pre.shape)
-        reference.gelu_backward(slope, g, pre)
-        np.testing.assert_allclose(dpre, slope, rtol=1e-12, atol=1e-15)
-    else:
-        reference.linear_backward(dx, dw, db, g, dx, w, accumulate)
+        reference.gelu_backward(dout, g, pre)
+    dx = x.copy()  # the contract lets dx be x
+    reference.linear_backward(dx, dw, db, dout, dx, w, accumulate)
     agree(dx, differences(loss, x))
+    agree(dw - before_w if accumulate else dw, differences(loss, w))
+    if b is not None and db is not None:
+        agree(db - before_b if accumulate else db, differences(loss, b))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("B, T, K, N", [(1, 1, 1, 1), (2, 3, 5, 4), (1, 4, 2, 7), (3, 1, 6, 1)])
+def test_gelu_linear(
+    rng: np.random.Generator, B: int, T: int, K: int, N: int, accumulate: bool, bias: bool
+) -> None:
+    """A layer that reads gelu(pre), back to pre."""
+    pre, g = rng.normal(size=(B, T, K)), rng.normal(size=(B, T, N))
+    w, b = rng.normal(size=(N, K)), rng.normal(size=N) if bias else None
+    x, out = np.empty((B, T, K)), np.empty((B, T, N))
+
+    def loss() -> float:
+        reference.gelu_forward(x, pre)
+        reference.linear_forward(out, x, w, b)
+        return float((out * g).sum())
+
+    loss()
+    before_w, before_b = rng.normal(size=w.shape), rng.normal(size=N)
+    dw, db = before_w.copy(), before_b.copy() if bias else None
+    dpre = x.copy()  # the contract lets dpre be x
+    reference.gelu_linear_backward(dpre, dw, db, g, pre, dpre, w, accumulate)
+    agree(dpre, differences(loss, pre))
     agree(dw - before_w if accumulate else dw, differences(loss, w))
     if b is not None and db is not None:
         agree(db - before_b if accumulate else db, differences(loss, b))
@@ -266,30 +289,91 @@ def test_head_loss(
     agree(dw - before if accumulate else dw, differences(loss, w))
 
 
+def test_residual_layernorm(rng: np.random.Generator) -> None:
+    """What is normed is the sum as it is stored."""
+    x, branch, w, b = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 3, 5), (2, 3, 5), (5,), (5,)))
+    total, again = (np.empty((2, 3, 5), np.float32) for _ in range(2))
+    outputs, expected = ([np.empty((2, 3, 5)), np.empty((2, 3)), np.empty((2, 3))] for _ in range(2))
+    reference.residual_layernorm_forward(total, *outputs, x, branch, w, b, 1e-3)
+    reference.residual_forward(again, x, branch)
+    reference.layernorm_forward(*expected, again, w, b, 1e-3)
+    for found, array in zip([total, *outputs], [again, *expected], strict=True):
+        np.testing.assert_array_equal(found, array)
+    for alias in (x, branch):  # total may be either
+        given = [alias if array is alias else array.copy() for array in (x, branch)]
+        kept = alias.copy()
+        reference.residual_layernorm_forward(alias, *outputs, *given, w, b, 1e-3)
+        np.testing.assert_array_equal(alias, total)
+        np.testing.assert_array_equal(outputs[0], expected[0])
+        alias[...] = kept
+
+
+def test_copy(rng: np.random.Generator) -> None:
+    x, out = rng.normal(size=(3, 5)), np.empty((3, 5), np.float32)
+    reference.copy(out, x)
+    np.testing.assert_array_equal(out, x.astype(np.float32))
+
+
+def test_sum_losses(rng: np.random.Generator) -> None:
+    losses, total = rng.normal(size=(3, 5)), np.array([2.0])
+    reference.sum_losses(total, losses, 0.5, True)
+    assert total[0] == pytest.approx(2.0 + 0.5 * math.fsum(losses.flat), rel=1e-14)
+    reference.sum_losses(total, losses, 0.5, False)
+    assert total[0] == pytest.approx(0.5 * math.fsum(losses.flat), rel=1e-14)
+    reference.sum_losses(total, np.empty((0, 3)), 0.5, False)
+    assert total[0] == 0.0
+
+
 def test_global_norm(rng: np.random.Generator) -> None:
-    x = rng.normal(size=(3, 5))
-    assert reference.global_norm(x) == pytest.approx(math.hypot(*x.flat), rel=1e-14)
-    assert reference.global_norm(np.zeros(0)) == 0.0
+    x, norm = rng.normal(size=(3, 5)), np.array([np.nan])
+    reference.global_norm(norm, x)
+    assert norm[0] == pytest.approx(math.hypot(*x.flat), rel=1e-14)
+    reference.global_norm(norm, np.zeros(0))
+    assert norm[0] == 0.0
+
+
+def test_clip_scale() -> None:
+    def clipped(norm: float, loss: float, limit: float) -> float:
+        scale = np.array([-1.0])
+        reference.clip_scale(scale, np.array([norm]), np.array([loss]), limit)
+        return float(scale[0])
+
+    assert clipped(4.0, 1.0, 2.0) == 0.5
+    assert clipped(2.0, 1.0, 2.0) == clipped(4.0, 1.0, 0.0) == clipped(0.0, 1.0, 2.0) == 1.0
+    assert clipped(1e308, 1e308, 1e308) == 1.0, "two large numbers are finite"
+    for norm, loss in ((math.inf, 1.0), (math.nan, 1.0), (4.0, math.inf), (4.0, math.nan), (math.inf, -math.inf)):
+        assert math.isnan(clipped(norm, loss, 2.0))
 
 
 def test_adamw(rng: np.random.Generator) -> None:
-    """Five updates in plain Python, with the moments and their corrections written as the sums they are."""
+    """Five updates in plain Python, with the moments and their corrections written as the sums they are.
+
+    The first three elements decay, the fourth is in no span.
+    """
     w = rng.normal(size=7)
-    m, v, expected = np.zeros(7), np.zeros(7), w.copy()
+    m, v, expected, copy = np.zeros(7), np.zeros(7), w.copy(), np.zeros(7, np.float32)
     lr, beta1, beta2, eps, decay, scale = 0.1, 0.9, 0.95, 1e-3, 0.5, 0.25
+    spans = [(0, 3, decay), (4, 7, 0.0)]
     history: list[Array] = []
     for step in range(1, 6):
         dw = rng.normal(size=7)
         history.append(scale * dw)
-        reference.adamw_step(w, m, v, dw, lr, beta1, beta2, eps, decay, step, scale)
-        for i in range(7):
+        hyper, factor = np.array([lr, step]), np.array([scale])
+        reference.adamw_step(w, m, v, dw, copy, hyper, factor, spans, beta1, beta2, eps, 0)
+        for i in (0, 1, 2, 4, 5, 6):
             ages = range(step - 1, -1, -1)
             first = sum(beta1**age * past[i] for age, past in zip(ages, history, strict=True))
             second = sum(beta2**age * past[i] ** 2 for age, past in zip(ages, history, strict=True))
             m_hat = first / sum(beta1**age for age in ages)
             v_hat = second / sum(beta2**age for age in ages)
-            expected[i] -= lr * (m_hat / (math.sqrt(v_hat) + eps) + decay * expected[i])
+            expected[i] -= lr * (m_hat / (math.sqrt(v_hat) + eps) + (decay if i < 3 else 0.0) * expected[i])
         np.testing.assert_allclose(w, expected, rtol=1e-12)
+        np.testing.assert_array_equal(copy, np.where(np.arange(7) == 3, 0, w).astype(np.float32))
+        assert m[3] == v[3] == 0
+        before = [array.tobytes() for array in (w, m, v, copy)]
+        for bad in (math.nan, math.inf):
+            reference.adamw_step(w, m, v, dw, copy, hyper, np.array([bad]), spans, beta1, beta2, eps, 0)
+        assert before == [array.tobytes() for array in (w, m, v, copy)]
 
 
 def test_float32_storage(rng: np.random.Generator) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
-from llmc.arena import Array
+import numpy as np
+
+Array = np.ndarray[Any, Any]
 
 
 def record(function: Callable[[], None]) -> Callable[[], None]:
@@ -18,7 +21,8 @@ def fetch(x: Array) -> Callable[[], Array]:
     return lambda: x
 
 
-stamp = time.perf_counter
+def stamp() -> float:
+    return time.perf_counter()
 
 
 def elapsed(begin: float, end: float) -> float:
