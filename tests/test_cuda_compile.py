@@ -1,0 +1,274 @@
+"""What the compiler makes of every kernel, for each architecture that is supported: no GPU is needed for that.
+
+The compiler's report gives registers and spills, nvdisasm the instructions.  Compiled is what a run compiles, by
+`llmc._cuda.compiler` with NVRTC, in processes of their own, which the simulation's stand-ins do not reach.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CUDA = ROOT / "llmc/_cuda"
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+STORAGES = ("fp32", "bf16")
+FILES = tuple(sorted(path.stem for path in CUDA.glob("*.cu")))
+REGISTERS = 1 << 16  # of a multiprocessor, the same on all of these
+
+COMPILE = """
+import json, sys
+from llmc._cuda import compiler
+from llmc.errors import LlmcError
+folder, architecture = sys.argv[1:]
+for file in compiler.sources():
+    for bf16 in (False, True):
+        stem = f"{folder}/{file}-{architecture}-{'bf16' if bf16 else 'fp32'}"
+        try:
+            made = compiler.compile(file, architecture, bf16)
+        except LlmcError as error:
+            open(f"{stem}.error", "w").write(str(error))
+        else:
+            open(f"{stem}.log", "w").write(made.log)
+            open(f"{stem}.cubin", "wb").write(made.cubin)
+"""
+
+
+class Kernel(NamedTuple):
+    """What the compiler's report says of one kernel, and its instructions without operands."""
+
+    file: str
+    registers: int
+    stack: int
+    spilled: int
+    parameters: int  # bytes
+    opcodes: frozenset[str]
+
+
+def python(code: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """In a process that finds the compilers of this machine."""
+    environment = {name: value for name, value in os.environ.items() if name != "LLMC_CUDA_LIBRARIES"}
+    argv = [sys.executable, "-c", code, *map(str, arguments)]
+    # In this folder, where `import llmc` does not find the checkout's bare sources.
+    return subprocess.run(argv, capture_output=True, text=True, env=environment, cwd=ROOT / "tests")
+
+
+def tool(name: str) -> str | None:
+    """A program of the toolkit, from its wheel or the PATH."""
+    spec = importlib.util.find_spec("nvidia")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        if found := shutil.which(name, path=f"{folder}/cu13/bin"):
+            return found
+    return shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
+
+
+# ---- reading what was made -------------------------------------------------------------------------
+
+
+def read_log(log: str) -> dict[str, tuple[int, int, int]]:
+    """Registers, bytes of stack and bytes spilled of each kernel."""
+    found = {}
+    for text in log.split("Compiling entry function '")[1:]:
+        name = text.split("'")[0]
+        wanted = (r"Used (\d+) registers", r"(\d+) bytes stack", r"(\d+) bytes spill st", r"(\d+) bytes spill lo")
+        numbers = [re.search(pattern, text) for pattern in wanted]
+        assert all(numbers), f"the compiler's report of {name} reads otherwise than expected: {text}"
+        registers, stack, stores, loads = (int(number[1]) for number in numbers if number)
+        found[name] = registers, stack, stores + loads
+    return found
+
+
+def read_parameters(cubin: bytes) -> dict[str, int]:
+    """Bytes of each kernel's parameters, from the sections .nv.info.<kernel> of the ELF file."""
+    table, size, count, names = struct.unpack_from("<Q10xHHH", cubin, 0x28)
+    headers = [struct.unpack_from("<IIQQQQ", cubin, table + size * i) for i in range(count)]
+    found = {}
+    for name_at, _, _, _, offset, nbytes in headers:
+        begin = headers[names][4] + name_at
+        name = cubin[begin : cubin.index(b"\0", begin)].decode()
+        if not name.startswith(".nv.info."):
+            continue
+        at = offset
+        while at < offset + nbytes:
+            form, attribute, value = struct.unpack_from("<BBH", cubin, at)
+            at += 4
+            if form == 4:  # `value` bytes follow
+                if attribute == 0x0A:  # EIATTR_PARAM_CBANK: symbol, offset, size
+                    found[name.removeprefix(".nv.info.")] = struct.unpack_from("<IHH", cubin, at)[2]
+                at += value
+    return found
+
+
+def read_code(text: str) -> dict[str, frozenset[str]]:
+    """The opcodes of each kernel, such as LDG.E.128, in what nvdisasm printed."""
+    found = {}
+    for part in re.split(r"^\s*\.section\s+\.text\.", text, flags=re.M)[1:]:
+        opcodes = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P[T0-9]+\s+)?([A-Z][\w.]*)", part, flags=re.M)
+        found[re.split(r'[",\s]', part, maxsplit=1)[0]] = frozenset(opcodes)
+    return found
+
+
+def compile_for(architecture: str, folder: Path) -> None:
+    done = python(COMPILE, folder, architecture)
+    assert done.returncode == 0, done.stderr
+    if program := tool("nvdisasm"):
+        for cubin in folder.glob(f"*-{architecture}-*.cubin"):
+            with open(cubin.with_suffix(".sass"), "w") as file:
+                subprocess.run([program, "-c", cubin], check=True, stdout=file)
+
+
+class Compiled:
+    """All kernels by architecture and storage; two architectures are compiled at a time."""
+
+    def __init__(self, folder: Path, pool: ThreadPoolExecutor, architectures: Iterable[str]) -> None:
+        self.folder = folder
+        self.jobs = {architecture: pool.submit(compile_for, architecture, folder) for architecture in architectures}
+        self.read: dict[tuple[str, str], dict[str, Kernel]] = {}
+
+    def errors(self, architecture: str, storage: str) -> list[str]:
+        self.jobs[architecture].result()
+        return [path.read_text() for path in sorted(self.folder.glob(f"*-{architecture}-{storage}.error"))]
+
+    def kernels(self, architecture: str, storage: str) -> dict[str, Kernel]:
+        """Those of all files that could be compiled."""
+        self.jobs[architecture].result()
+        key = architecture, storage
+        if key not in self.read:
+            self.read[key] = {name: kernel for file in FILES for name, kernel in self.file(file, *key)}
+        return self.read[key]
+
+    def file(self, file: str, architecture: str, storage: str) -> Iterator[tuple[str, Kernel]]:
+        stem = self.folder / f"{file}-{architecture}-{storage}"
+        if not stem.with_suffix(".cubin").exists():
+            return
+        parameters = read_parameters(stem.with_suffix(".cubin").read_bytes())
+        code = read_code(stem.with_suffix(".sass").read_text()) if stem.with_suffix(".sass").exists() else {}
+        for name, report in read_log(stem.with_suffix(".log").read_text()).items():
+            yield name, Kernel(file, *report, parameters[name], code.get(name, frozenset()))
+
+
+@pytest.fixture(scope="module")
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compiled]:
+    found = python("from llmc._cuda import compiler; print(compiler.find().name)")
+    if found.returncode:
+        pytest.skip(found.stderr.strip().splitlines()[-1].partition(": ")[2])
+    chosen = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    wanted = dict.fromkeys(params["architecture"] for params in chosen if "architecture" in params)
+    with ThreadPoolExecutor(min(2, len(os.sched_getaffinity(0)))) as pool:
+        yield Compiled(tmp_path_factory.mktemp("compiled"), pool, wanted)
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture
+def disassembled(compiled: Compiled) -> Compiled:
+    if tool("nvdisasm") is None:
+        pytest.skip("nvdisasm is not installed: pip install nvidia-cuda-nvdisasm")
+    return compiled
+
+
+PAIRS = [(architecture, storage) for architecture in ARCHITECTURES for storage in STORAGES]
+each = pytest.mark.parametrize(("architecture", "storage"), PAIRS, ids=["-".join(pair) for pair in PAIRS])
+
+# ---- what is wanted --------------------------------------------------------------------------------
+
+
+def declared() -> dict[str, str]:
+    """Kernels that the wrappers launch, with the signature that they launch them with."""
+    pattern = r'\bKernel\(\s*"(\w+)",\s*"(\w+)",\s*"([PiqQfd]+)"\s*\)'
+    return {
+        name: signature
+        for path in CUDA.glob("*.py")
+        for _, name, signature in re.findall(pattern, path.read_text(encoding="utf-8"))
+    }
+
+
+@each
+def test_compiles(compiled: Compiled, architecture: str, storage: str) -> None:
+    assert compiled.errors(architecture, storage) == []
+    kernels = compiled.kernels(architecture, storage)
+    assert {kernel.file for kernel in kernels.values()} == set(FILES)
+    missing = set(declared()) - set(kernels)
+    assert not missing, f"launched, but in no .cu file: {missing}"
+
+
+@each
+def test_parameters_are_as_large_as_what_is_passed(compiled: Compiled, architecture: str, storage: str) -> None:
+    kernels = compiled.kernels(architecture, storage)
+    for name, signature in declared().items():
+        if name not in kernels:
+            continue  # test_compiles says so
+        passed = struct.calcsize("@" + signature.replace("q", "l").replace("Q", "L"))
+        assert kernels[name].parameters == passed, name
+
+
+@each
+def test_nothing_spills(disassembled: Compiled, architecture: str, storage: str) -> None:
+    for name, kernel in disassembled.kernels(architecture, storage).items():
+        assert (kernel.stack, kernel.spilled) == (0, 0), f"{kernel.file}.cu: {name}"
+        assert kernel.opcodes, f"no instructions of {name} were read"
+        local = sorted(code for code in kernel.opcodes if re.match(r"(LDL|STL)\b", code))
+        assert not local, f"{kernel.file}.cu: {name} has local memory: {local}"
+
+
+# ---- what is said of a mistake ---------------------------------------------------------------------
+
+PLANTED = "int planted = undeclared;"
+COMPILE_COPY = """
+import sys
+from pathlib import Path
+from llmc._cuda import compiler
+from llmc.errors import DeviceError
+compiler.FOLDER = Path(sys.argv[1])
+try:
+    compiler.compile("norm", "sm_90", True)
+except DeviceError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("file", ["norm.cu", "common.cuh", "ptx.cuh"])
+def test_an_error_names_file_and_line(compiled: Compiled, tmp_path: Path, file: str) -> None:
+    for path in CUDA.glob("*.cu*"):
+        shutil.copy(path, tmp_path)
+    lines = (tmp_path / file).read_text().splitlines()
+    assert lines[-1] == "}"
+    lines.insert(len(lines), PLANTED)
+    (tmp_path / file).write_text("\n".join(lines) + "\n")
+    done = python(COMPILE_COPY, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"llmc/_cuda/{file}:{len(lines)}: error: "), done.stdout
+    assert "undeclared" in done.stdout
+
+
+COMPILE_BY_NVCC = """
+import sys
+from llmc._cuda import compiler
+from llmc.errors import DeviceError
+paths = compiler._nvcc_paths()
+if not paths:
+    sys.exit("nvcc is not installed")
+nvcc = compiler.NVCC(paths[0])
+print(nvcc.compile("norm", "sm_90", compiler.options("sm_90", True)).log)
+"""
+
+
+def test_nvcc_in_the_place_of_nvrtc(compiled: Compiled) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("nvcc needs g++")
+    done = python(COMPILE_BY_NVCC)
+    if "nvcc is not installed" in done.stderr:
+        pytest.skip("nvcc is not installed: pip install nvidia-cuda-nvcc nvidia-cuda-runtime")
+    assert done.returncode == 0, done.stderr
+    ours = {name for name, kernel in compiled.kernels("sm_90", "bf16").items() if kernel.file == "norm"}
+    assert set(read_log(done.stdout)) == ours != set()
