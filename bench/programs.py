@@ -2,8 +2,8 @@
 
     python bench/programs.py '{"kind": "llmc", ...}'
 
-It makes step 0 at once, as a training script does, so that whoever started it can take the time from there; then a
-step for each number on its standard input, and at the end of that its memory.  Every answer is a line of JSON.
+It makes its first step at once, as a training script does, so that whoever started it can take the time from there;
+then a turn for each number on its standard input, and at the end of that its memory.  Every answer is a line of JSON.
 Nothing is imported that the program at hand does not need: imports are part of its start.
 """
 
@@ -16,6 +16,8 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, Protocol
 
+from simulate import simulate
+
 from llmc.machine import memory
 
 if TYPE_CHECKING:
@@ -25,9 +27,11 @@ HEADER_BYTES = 1024  # of the model file
 LAYERNORM_EPS = 1e-5
 STREAM_BYTES = 1 << 28  # what AdamW's stream goes through: more than any cache
 
-# What a process is told: `kind`, a key of PROGRAMS, `threads`, and but for the peaks `weights` (a model file, for llmc
-# also a preset), `seed`, `B`, `T` and `dtype`.  llmc may be told `recompute`, PyTorch `compiled`; PyTorch is told the
-# model's `config`, `rows` ([name, shape, layers] of each tensor in the file) and `recipe`, llmc's own.
+# What a process is told: `kind`, a key of PROGRAMS, `device`, `threads` and `dtype`, and but for the peaks `weights` (a
+# model file, for llmc also a preset), `seed`, `B`, `T`, `only_forward` (losses and nothing else) and `steps`, the number
+# of them in a turn: on a CPU one, on a GPU several, since what makes it fast is that they follow without a gap.  llmc
+# may be told `recompute` and `attention`, PyTorch `compiled`; PyTorch is told the model's `config`, `rows` ([name,
+# shape, layers] of each tensor in the file) and `recipe`, llmc's own.
 Settings = dict[str, Any]
 
 
@@ -36,56 +40,86 @@ class Program(Protocol):
 
     libraries: float  # MiB that its imports took
 
-    def step(self, number: int) -> dict[str, Any]:
-        """The answer to a step's number: of a training step its loss, and in seconds its `forward`, `backward` and
-        `update`."""
+    def turn(self, number: int) -> dict[str, Any]:
+        """The answer to a turn's number (0: the first step alone): its `losses`, and in seconds per step `forward`,
+        `backward` and `update`; or, on a GPU, `step`, and `busy`, the part of it in which the GPU had work."""
+
+    def peak(self) -> float:
+        """MiB: the most that it ever held; on a GPU, of the GPU's memory."""
 
 
-def parts(loss: float, times: list[float]) -> dict[str, float]:
+def numbers(turn: int, steps: int) -> range:
+    """The steps of a turn: 0 is the first alone, and the others follow."""
+    return range(1) if turn == 0 else range(1 + (turn - 1) * steps, 1 + turn * steps)
+
+
+def parts(loss: float, times: list[float]) -> dict[str, Any]:
     """A training step's answer from the times at which it began and had done each part."""
     return {
-        "loss": loss, "forward": times[1] - times[0], "backward": times[2] - times[1], "update": times[3] - times[2],
+        "losses": [loss], "forward": times[1] - times[0], "backward": times[2] - times[1],
+        "update": times[3] - times[2],
     }  # fmt: skip
 
 
 # ---- llmc ------------------------------------------------------------------------------------------
 
 
+def backend(settings: Settings) -> Any:
+    from llmc import ops
+
+    if settings["device"] == "cpu":
+        return ops.load("cpu", threads=settings["threads"], dtype=settings["dtype"])
+    return ops.load(settings["device"], dtype=settings["dtype"], attention=settings["attention"])
+
+
 class Llmc:
     def __init__(self, settings: Settings) -> None:
-        from llmc import benchmark, ops
+        from llmc import benchmark
 
-        ops.load("cpu", threads=settings["threads"])  # the kernels are a library too
+        self.settings = settings
+        backend(settings)  # the kernels are a library too
         self.libraries = memory()["now"]
         self.program = benchmark.Program(
             benchmark.Configuration(
                 settings["weights"], settings["B"], settings["T"], settings["dtype"], None, settings["threads"],
-                settings["seed"], settings.get("recompute") or "none",
+                settings["seed"], settings.get("recompute") or "none", settings["device"], settings["attention"],
             )
         )  # fmt: skip
 
-    def step(self, number: int) -> dict[str, Any]:
-        return parts(*self.program.step(number))
+    def turn(self, number: int) -> dict[str, Any]:
+        if self.settings["device"] == "cpu":
+            return parts(*self.program.step(number))
+        steps = numbers(number, self.settings["steps"])
+        losses, step, busy = self.program.turn(steps, self.settings["only_forward"])
+        return {"losses": losses, "step": step, "busy": busy}
+
+    def peak(self) -> float:
+        return memory()["peak"] if self.settings["device"] == "cpu" else self.program.held / 2**20
 
 
 class Peaks:
-    """What the machine can do at this moment, by llmc's own kernels: FLOP/s and B/s."""
+    """What the machine can do at this moment, by llmc's own measure: FLOP/s and B/s."""
 
     SECONDS = 0.2  # of each, each time: they have one turn in a round of steps that take seconds
 
     def __init__(self, settings: Settings) -> None:
-        from llmc import ops, profiling
+        from llmc import profiling
 
-        self.backend = ops.load("cpu", threads=settings["threads"])
+        self.backend = backend(settings)
         self.libraries = memory()["now"]
         self.measure, self.memory = profiling.measure, profiling.stream_memory(self.backend, STREAM_BYTES)
         # AdamW reads a gradient, and reads and writes a weight and two moments.
-        self.ceilings = {"stream": ("stream", 1, 0, 3, STREAM_BYTES), **profiling.REGISTERS}
+        gpu = profiling.is_gpu(self.backend)
+        self.ceilings = {"stream": profiling.COPY if gpu else ("stream", 1, 0, 3, STREAM_BYTES)}
+        self.ceilings[settings["dtype"]] = profiling.products(settings["dtype"], gpu)
 
-    def step(self, number: int) -> dict[str, Any]:
+    def turn(self, number: int) -> dict[str, Any]:
         return {
             name: self.measure(self.backend, what, self.memory, self.SECONDS) for name, what in self.ceilings.items()
         }
+
+    def peak(self) -> float:
+        return memory()["peak"]
 
 
 # ---- PyTorch ---------------------------------------------------------------------------------------
@@ -104,6 +138,9 @@ class PyTorch:
         self.libraries = memory()["now"]
         torch.set_num_threads(settings["threads"])
         self.settings, self.config, recipe = settings, settings["config"], settings["recipe"]
+        self.device = torch.device(settings["device"])
+        if self.gpu:
+            self._set_up_gpu()
         self.p = self._read(settings["weights"])
         matrices = [t for t in self.p.values() if t.dim() == 2]
         others = [t for t in self.p.values() if t.dim() != 2]
@@ -114,11 +151,28 @@ class PyTorch:
             ],
             lr=recipe["lr"], betas=(recipe["beta1"], recipe["beta2"]), eps=recipe["eps"], fused=True,
         )  # fmt: skip
-        self.autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=settings["dtype"] == "bf16")
+        self.autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=settings["dtype"] == "bf16")
         self.loss = torch.compile(self._loss) if settings.get("compiled") else self._loss
 
+    @property
+    def gpu(self) -> bool:
+        return self.device.type != "cpu"
+
+    def _set_up_gpu(self) -> None:
+        """TF32 where it is asked for (and where autocast leaves fp32); in bf16 flash attention and no other."""
+        import torch
+
+        torch.cuda.set_device(self.device)
+        torch.set_float32_matmul_precision("highest" if self.settings["dtype"] == "fp32" else "high")
+        torch.backends.cudnn.allow_tf32 = self.settings["dtype"] != "fp32"
+        if self.settings["dtype"] == "bf16":
+            torch.backends.cuda.enable_flash_sdp(True)
+            for other in ("cudnn", "mem_efficient", "math"):
+                getattr(torch.backends.cuda, f"enable_{other}_sdp")(False)
+
     def _read(self, path: str) -> dict[str, Tensor]:
-        """Leaf tensors `name` or `name.layer` from llm.c's model file, the vocabulary without its padding."""
+        """Leaf tensors `name` or `name.layer` from llm.c's model file.  On a CPU without the padding of the vocabulary;
+        on a GPU with it, as is usual there: the rows are zero, and their logits take part in the softmax."""
         import numpy as np
         import torch
 
@@ -128,10 +182,10 @@ class PyTorch:
             for tensor, shape, layers in self.settings["rows"]:
                 for layer in range(max(1, layers)):
                     values = np.fromfile(file, "<f4", int(np.prod(shape))).reshape(shape)
-                    if tensor == "wte":
+                    if tensor == "wte" and not self.gpu:
                         values = values[: self.config["vocab_size"]]
                     name = f"{tensor}.{layer}" if layers else tensor
-                    made[name] = torch.from_numpy(values).requires_grad_()
+                    made[name] = torch.from_numpy(values).to(self.device).requires_grad_()
         return made
 
     def _loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -158,26 +212,63 @@ class PyTorch:
         logits = F.linear(norm(x, "lnf"), p["wte"])
         return F.cross_entropy(logits.view(B * T, -1), targets.view(-1))
 
-    def step(self, number: int) -> dict[str, Any]:
+    def turn(self, number: int) -> dict[str, Any]:
+        return self._turn(number) if self.gpu else self._step(number)
+
+    def _batch(self, number: int) -> tuple[Tensor, Tensor]:
         import numpy as np
         import torch
 
         from llmc.data import random_batch  # which is light, and knows no kernels: torch must not meet them
 
         s = self.settings
-        batch = random_batch(self.config["vocab_size"], s["B"], s["T"], s["seed"], number)
-        x, y = (torch.from_numpy(ids.astype(np.int64)) for ids in batch)
-        times = [time.perf_counter()]
+        x, y = random_batch(self.config["vocab_size"], s["B"], s["T"], s["seed"], number)
+        return torch.from_numpy(x.astype(np.int64)), torch.from_numpy(y.astype(np.int64))
+
+    def _forward(self, x: Tensor, y: Tensor) -> Tensor:
         with self.autocast:
-            loss = self.loss(x, y)
+            return self.loss(x, y)
+
+    def _update(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _step(self, number: int) -> dict[str, Any]:
+        x, y = self._batch(number)
+        times = [time.perf_counter()]
+        loss = self._forward(x, y)
         value = loss.item()
         times.append(time.perf_counter())
         loss.backward()
         times.append(time.perf_counter())
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._update()
         times.append(time.perf_counter())
         return parts(value, times)
+
+    def _turn(self, number: int) -> dict[str, Any]:
+        """Losses are fetched at the end, so that no step waits for one."""
+        import torch
+
+        steps, only_forward = numbers(number, self.settings["steps"]), self.settings["only_forward"]
+        losses = []
+        with torch.set_grad_enabled(not only_forward):
+            batches = [[ids.pin_memory() for ids in self._batch(step)] for step in steps]
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            for batch in batches:
+                loss = self._forward(*(ids.to(self.device, non_blocking=True) for ids in batch))
+                if not only_forward:
+                    loss.backward()
+                    self._update()
+                losses.append(loss.detach())
+            values = torch.stack(losses).tolist()
+            torch.cuda.synchronize()
+        return {"losses": values, "step": (time.perf_counter() - began) / len(steps), "busy": None}
+
+    def peak(self) -> float:
+        import torch
+
+        return torch.cuda.max_memory_reserved() / 2**20 if self.gpu else memory()["peak"]
 
 
 PROGRAMS: dict[str, type[Program]] = {"llmc": Llmc, "torch": PyTorch, "peaks": Peaks}
@@ -186,6 +277,8 @@ PROGRAMS: dict[str, type[Program]] = {"llmc": Llmc, "torch": PyTorch, "peaks": P
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     settings: Settings = json.loads(sys.argv[1])
+    if settings["device"] != "cpu" and settings["kind"] != "torch":
+        simulate()
     # What a library prints goes to standard error: standard output is for answers.
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -194,11 +287,15 @@ def main() -> None:
         channel.write(json.dumps(value) + "\n")
         channel.flush()
 
-    program = PROGRAMS[settings["kind"]](settings)
-    answer(program.step(0))
-    for line in sys.stdin:
-        answer(program.step(int(line)))
-    answer({"libraries": program.libraries, "peak": memory()["peak"]})
+    try:
+        program = PROGRAMS[settings["kind"]](settings)
+        answer(program.turn(0))
+        for line in sys.stdin:
+            answer(program.turn(int(line)))
+        answer({"libraries": program.libraries, "peak": program.peak()})
+    except Exception as error:
+        answer({"failed": (str(error).strip().splitlines() or [type(error).__name__])[0]})
+        raise
 
 
 if __name__ == "__main__":

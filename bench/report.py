@@ -23,16 +23,32 @@ from llmc.errors import LlmcError
 from llmc.gpt2 import Config
 from llmc.results import PARTS, draw_steps, require_matplotlib, table
 
-ADAMW_BYTES = 28  # per parameter: read w, m, v and the gradient, write w, m and v
+ADAMW_BYTES = 28  # per parameter: read w, m, v and the gradient, write w, m and v; or half a gradient and a copy
+
+# Dense bf16 FLOP/s on NVIDIA's data sheets, by what is in a GPU's name; the first that matches.
+DATASHEET = (
+    ("H100 PCIe", 756.5e12), ("H100 NVL", 835.5e12), ("H100", 989.4e12), ("H200", 989.4e12), ("GH200", 989.4e12),
+    ("B200", 2250e12), ("A100", 311.9e12), ("L40S", 362.1e12), ("L4", 121e12), ("RTX 4090", 165.2e12),
+    ("A10", 125e12), ("RTX 3090", 71e12),
+)  # fmt: skip
+
+
+def datasheet(name: str) -> float | None:
+    """Dense bf16 FLOP/s that NVIDIA states for a GPU of this name; None for one that is not in the table."""
+    return next((rate for part, rate in DATASHEET if part in name), None)
 
 
 # ---- what could be ---------------------------------------------------------------------------------
 
 
-def ceiling(config: Config, B: int, T: int, dtype: str, peaks: list[dict[str, float]]) -> dict[str, Any]:
+def ceiling(
+    config: Config, B: int, T: int, dtype: str, peaks: list[dict[str, float]], only_forward: bool = False
+) -> dict[str, Any]:
     """A configuration's FLOPs, the medians of the peaks, and the roofline in ms: the products at the peak of their
     type, and AdamW's traffic at the bandwidth of a stream of its shape."""
-    flops, traffic = B * T * flops_per_token(config, T), ADAMW_BYTES * config.num_parameters
+    flops, traffic = B * T * flops_per_token(config, T), float(ADAMW_BYTES * config.num_parameters)
+    if only_forward:
+        flops, traffic = flops / 3, 0.0
     found: dict[str, Any] = {"parameters": config.num_parameters, "flops": flops, "adamw_bytes": traffic}
     if peaks:
         peak = statistics.median(p[dtype] for p in peaks)
@@ -57,28 +73,36 @@ class Measured(NamedTuple):
 
 
 def step_times(answers: list[dict[str, Any]], warmup: int) -> np.ndarray[Any, Any]:
-    """(rounds, 3): ms of each part."""
-    return 1e3 * np.array([[answer[part] for part in PARTS] for answer in answers[warmup:]])
+    """(rounds,): ms of a step."""
+    return 1e3 * np.array([a["step"] if "step" in a else sum(a[part] for part in PARTS) for a in answers[warmup:]])
 
 
-def summary(measured: Measured, section: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """A program's figures; times in ms, starts in seconds."""
-    times = step_times(measured.answers, measured.warmup)
-    steps = times.sum(axis=1)
+def median_of(answers: list[dict[str, Any]], name: str) -> float | None:
+    values = [answer.get(name) for answer in answers]
+    return None if None in values else statistics.median(values)
+
+
+def summary(measured: Measured, section: dict[str, Any], tokens: int, gpu: str = "") -> dict[str, Any]:
+    """A program's figures; times in ms, starts in seconds.  On a GPU of the name `gpu` also the fraction of what its
+    data sheet says; None there and elsewhere for what is not known."""
+    steps, answers = step_times(measured.answers, measured.warmup), measured.answers[measured.warmup :]
     median = float(np.median(steps))
     ratio = None
     if measured.ours is not None:
-        ratio = float(np.median(steps / step_times(measured.ours, measured.warmup).sum(axis=1)))
-    known = "peak" in section
+        ratio = float(np.median(steps / step_times(measured.ours, measured.warmup)))
+    known, stated = "peak" in section, datasheet(gpu)
+    parts = {part: median_of(answers, part) for part in PARTS}
     return {
         "program": measured.name,
         "step": median,
         "min": float(steps.min()),
         "quartiles": [float(q) for q in np.percentile(steps, [25, 75])],
-        **{part: float(np.median(times[:, i])) for i, part in enumerate(PARTS)},
+        **{part: None if seconds is None else 1e3 * seconds for part, seconds in parts.items()},
+        "busy": median_of(answers, "busy"),
         "tokens_per_second": 1e3 * tokens / median,
         "ratio": ratio,
         "mfu": section["flops"] / (1e-3 * median) / section["peak"] if known else None,
+        "mfu_datasheet": section["flops"] / (1e-3 * median) / stated if stated else None,
         "roofline": section["roofline_ms"] / median if known else None,
         "peak_mib": measured.memory["peak"],
         "library_mib": measured.memory["libraries"],
@@ -94,16 +118,30 @@ COLUMNS = [
     "program", "step, ms", "quartiles", "forward", "backward", "update", "tok/s", "time / llmc's", "MFU", "of roofline",
     "peak MiB", "of which libraries", "start, s",
 ]  # fmt: skip
+GPU_COLUMNS = [
+    "program", "step, ms", "quartiles", "tok/s", "time / llmc's", "MFU, data sheet", "MFU, measured", "of roofline",
+    "GPU busy", "GPU MiB", "start, s",
+]  # fmt: skip
 
 
 def digits(ms: float) -> str:
     return f"{ms:.0f}" if ms >= 1000 else f"{ms:.1f}" if ms >= 10 else f"{ms:.2f}"
 
 
-def markdown_row(row: dict[str, Any]) -> list[str]:
-    def percent(value: float | None) -> str:
-        return "-" if value is None else f"{100 * value:.0f} %"
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.0f} %"
 
+
+def gpu_row(row: dict[str, Any]) -> list[str]:
+    return [
+        row["program"], digits(row["step"]), " to ".join(map(digits, row["quartiles"])),
+        f"{row['tokens_per_second']:.0f}", "-" if row["ratio"] is None else f"{row['ratio']:.2f}",
+        percent(row["mfu_datasheet"]), percent(row["mfu"]), percent(row["roofline"]),
+        "-" if row["busy"] is None else f"{100 * row['busy']:.1f} %", f"{row['peak_mib']:.0f}", f"{row['start']:.1f}",
+    ]  # fmt: skip
+
+
+def markdown_row(row: dict[str, Any]) -> list[str]:
     return [
         row["program"], digits(row["step"]), " to ".join(map(digits, row["quartiles"])),
         *(digits(row[part]) for part in PARTS), f"{row['tokens_per_second']:.0f}",
@@ -113,16 +151,19 @@ def markdown_row(row: dict[str, Any]) -> list[str]:
 
 
 def markdown_section(section: dict[str, Any]) -> str:
-    title = f"### {section['init']}, B={section['B']}, T={section['T']}, {section['dtype']}"
+    gpu, what = section["device"] != "cpu", ", forward alone" if section["only_forward"] else ""
+    title = f"### {section['init']}, B={section['B']}, T={section['T']}, {section['dtype']}{what}"
     said = []
     if section["programs"]:
+        turns = f"turns of {section['steps']} steps" if gpu else "steps"
         said.append(
-            f"Medians of {section['rounds']} steps after {section['warmup']} for warming up; losses within "
+            f"Medians of {section['rounds']} {turns} after {section['warmup']} for warming up; losses within "
             f"{section['difference']:.1e} of {section['compared_with']}."
         )
     if section["programs"] and "peak" in section:
+        stream = "copy" if gpu else "AdamW's stream"
         said.append(
-            f"Peak {section['peak'] / 1e9:.0f} GFLOP/s, AdamW's stream {section['stream'] / 1e9:.1f} GB/s; roofline "
+            f"Peak {section['peak'] / 1e9:.0f} GFLOP/s, {stream} {section['stream'] / 1e9:.1f} GB/s; roofline "
             f"{digits(section['roofline_ms'])} ms for {section['flops'] / 1e9:.1f} GFLOP and "
             f"{section['adamw_bytes'] / 1e6:.0f} MB."
         )
@@ -134,7 +175,8 @@ def markdown_section(section: dict[str, Any]) -> str:
     said += [f"FAILED: {failure}." for failure in section["failures"]]
     parts = [title, " ".join(said)]
     if section["programs"]:
-        parts.append(table(COLUMNS, [markdown_row(row) for row in section["programs"]]))
+        columns, line = (GPU_COLUMNS, gpu_row) if gpu else (COLUMNS, markdown_row)
+        parts.append(table(columns, [line(row) for row in section["programs"]]))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -144,9 +186,9 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 CSV_FIELDS = [
-    "init", "B", "T", "dtype", "rounds", "program", "step", "min", "quartile_25", "quartile_75", *PARTS,
-    "tokens_per_second", "ratio", "mfu", "roofline", "peak_mib", "library_mib", "start", "peak", "stream",
-    "roofline_ms", "difference", "processor", "threads", "commit",
+    "init", "B", "T", "dtype", "device", "only_forward", "rounds", "program", "step", "min", "quartile_25",
+    "quartile_75", *PARTS, "tokens_per_second", "ratio", "mfu", "mfu_datasheet", "roofline", "busy", "peak_mib",
+    "library_mib", "start", "peak", "stream", "roofline_ms", "difference", "processor", "GPU", "threads", "commit",
 ]  # fmt: skip
 
 

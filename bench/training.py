@@ -1,19 +1,22 @@
-"""GPT-2 training steps, forward, backward and update, in llmc and in PyTorch, fp32 and bf16, on the CPU.
+"""GPT-2 training steps, forward, backward and update, in llmc and in PyTorch, on the CPU or on a GPU.
 
     python bench/training.py --json-out run.json                # all of it: an hour or more
     python bench/training.py --configs d12:4x64=9 --dtypes fp32
     python bench/training.py --configs d2:2x64=1 --starts 1     # does it run?
+    python bench/training.py --device cuda                      # on a GPU: 124M at two batch sizes, 350M, 774M
+    python bench/training.py --device cuda --only-forward --configs d12:4x1024 --dtypes fp32,tf32
 
 Each program is a process of its own (bench/programs.py), so that its memory and its start are its own and no two OpenMP
-runtimes meet.  They start from the same weights (one model file), see the same batches, and take turns step by step, so
-that whatever else the machine does falls on all of them; the peaks have their turn too.  No times are given of
-programs whose losses do not agree.
+runtimes meet.  They start from the same weights (one model file), see the same batches, and take turns, step by step
+(on a GPU some steps each), so that whatever else the machine does falls on all of them; the peaks have their turn too.
+No times are given of programs whose losses do not agree.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -28,24 +31,32 @@ from typing import Any, NamedTuple
 import numpy as np
 import report
 from programs import Settings
+from simulate import simulate
 
-from llmc import loading, machine, ops
-from llmc.benchmark import LEARNING_RATE, RECIPE
+from llmc import loading, machine, memory, ops
+from llmc.benchmark import LEARNING_RATE, RECIPE, flops_per_token
 from llmc.errors import LlmcError
 from llmc.gpt2 import parameter_rows, preset
 
-CONFIGURATIONS = "d12:4x64=9,d12:4x1024=3,stories:4x256=25"
+CONFIGURATIONS = {
+    "cpu": "d12:4x64=9,d12:4x1024=3,stories:4x256=25",
+    "cuda": "d12:4x1024,d12:maxx1024,gpt2-medium:8x1024,gpt2-large:4x1024",
+}
+DTYPES = {"cpu": "fp32,bf16", "cuda": "bf16"}
 PROGRAMS = {"llmc": "llmc", "llmc-block": "llmc, recompute block", "eager": "PyTorch eager", "compile": "torch.compile"}
 TRAINED = {"lr": LEARNING_RATE, **RECIPE}
 LONG = 512  # tokens from which on activations are worth recomputing
 LARGEST_DIFFERENCE = 1e-4  # of two fp32 losses of the same step
 BF16_DIFFERENCE = 1e-2  # of a bf16 loss from fp32's: see bench/README.md
+TF32_DIFFERENCE = 2e-3  # of a tf32 loss from another program's
+TURN_FLOPS = 2e14  # that a GPU's turn holds, about half a second on an H100
+TOGETHER = 8  # times llmc's memory that all programs of a comparison take, PyTorch's logits in fp32 among it
 LONG_START = 15.0  # seconds; a start that took longer is not repeated
 HERE = Path(__file__).resolve().parent
 
 
 class Configuration(NamedTuple):
-    """A preset, B sequences of T tokens, and the number of steps that are timed."""
+    """A preset, B sequences of T tokens (0: as many as fit), and the number of turns that are timed."""
 
     init: str
     B: int
@@ -58,14 +69,16 @@ class Configuration(NamedTuple):
 
     @classmethod
     def parse(cls, text: str, rounds: int) -> Configuration:
-        """From INIT:BxT or INIT:BxT=ROUNDS; ValueError, or ConfigError for a preset that does not fit."""
+        """From INIT:BxT or INIT:BxT=ROUNDS, B a number or `max`; ValueError, or ConfigError for a preset that does not
+        fit."""
         place, _, number = text.partition("=")
         init, _, shape = place.partition(":")
-        B, _, T = shape.partition("x")
-        made = cls(init, int(B), int(T), int(number) if number else rounds)
+        B, T = shape.removeprefix("max").rsplit("x", 1)
+        largest = shape.startswith("max")
+        made = cls(init, 0 if largest else int(B), int(T), int(number) if number else rounds)
         if not loading.is_preset(init):
             raise ValueError(f"{init!r} is no preset with random weights: d12, d2, stories, tiny ...")
-        if min(made.B, made.T, made.rounds) < 1:
+        if min(made.B or largest, made.T, made.rounds) < 1:
             raise ValueError(f"{text}: sizes and rounds must be at least 1")
         if made.T > preset(init).max_seq_len:
             raise ValueError(f"{text}: {init} has {preset(init).max_seq_len} positions")
@@ -111,16 +124,20 @@ class Worker:
         if not line:
             raise ProgramFailed(f"{self.name} ended with status {self.process.wait()}")
         answer: dict[str, Any] = json.loads(line)
+        if "failed" in answer:
+            self.process.wait()
+            raise ProgramFailed(f"{self.name}: {answer['failed']}")
         return answer
 
-    def step(self, number: int) -> float:
-        """One step; the seconds it took, for this process as a whole."""
+    def turn(self, number: int) -> float:
+        """One turn; the seconds it took, for this process as a whole."""
         assert self.process.stdin is not None
         began = time.perf_counter()
         try:
             self.process.stdin.write(f"{number}\n")
             self.process.stdin.flush()
         except BrokenPipeError:
+            self._receive()  # why, if it said so
             raise ProgramFailed(f"{self.name} ended with status {self.process.wait()}") from None
         self.answers.append(self._receive())
         return time.perf_counter() - began
@@ -137,14 +154,41 @@ class Worker:
 
     @property
     def losses(self) -> list[float]:
-        return [answer["loss"] for answer in self.answers]
+        return [loss for answer in self.answers for loss in answer["losses"]]
 
 
 class Run:
     """What all measurements share: the options, the model files, and what cannot be measured here, with the reason."""
 
-    def __init__(self, args: argparse.Namespace, threads: int, folder: Path) -> None:
+    def __init__(self, args: argparse.Namespace, threads: int, folder: Path, gpu_name: str = "") -> None:
         self.args, self.threads, self.folder = args, threads, folder
+        self.gpu = args.device != "cpu"
+        self.gpu_name = gpu_name
+
+    def machine(self, c: Configuration, dtype: str) -> Settings:
+        """What every process is told."""
+        steps = 1
+        if self.gpu:
+            passes = 3 if self.args.only_forward else 1
+            steps = self.args.turn or round(TURN_FLOPS * passes / (c.B * c.T * flops_per_token(preset(c.init), c.T)))
+        return {
+            "device": self.args.device, "threads": self.threads, "dtype": dtype, "attention": self.args.attention,
+            "only_forward": self.args.only_forward, "steps": min(max(steps, 1), 100),
+        }  # fmt: skip
+
+    def fitting(self, c: Configuration, dtype: str) -> Configuration:
+        """With the batch size that it stands for: the largest power of two with which all programs fit into the
+        device's memory together."""
+        if c.B:
+            return c
+        backend = ops.load(self.args.device, dtype=dtype, attention=self.args.attention)
+        found = backend.memory()
+        free = memory.machine().available if found is None else found[0]
+        share = free // (1 if len(self.args.programs) == 1 else TOGETHER)
+        B = 1
+        while memory.plan(preset(c.init), backend, 2 * B, c.T).total <= share:
+            B *= 2
+        return c._replace(B=B)
 
     def weights(self, init: str) -> Path:
         """A model file, written on first use."""
@@ -156,9 +200,8 @@ class Run:
 
     def settings(self, program: str, c: Configuration, dtype: str) -> Settings:
         common = {
-            "threads": self.threads, "weights": str(self.weights(c.init)), "seed": self.args.seed, "B": c.B, "T": c.T,
-            "dtype": dtype,
-        }  # fmt: skip
+            **self.machine(c, dtype), "weights": str(self.weights(c.init)), "seed": self.args.seed, "B": c.B, "T": c.T,
+        }
         if program.startswith("llmc"):
             return {"kind": "llmc", "recompute": "block" if program == "llmc-block" else None, **common}
         config = preset(c.init)
@@ -195,7 +238,7 @@ def take_turns(run: Run, c: Configuration, dtype: str, programs: list[str], fail
                 workers.append(run.start(program, run.settings(program, c, dtype)))
             except ProgramFailed as error:
                 failures.append(str(error))
-        workers.append(Worker("peaks", {"kind": "peaks", "threads": run.threads}, run.folder))
+        workers.append(Worker("peaks", {"kind": "peaks", **run.machine(c, dtype)}, run.folder))
 
         def each(workers: list[Worker], act: Callable[[Worker], float | None]) -> list[str]:
             told = []
@@ -210,7 +253,7 @@ def take_turns(run: Run, c: Configuration, dtype: str, programs: list[str], fail
 
         for number in range(1, run.args.warmup + c.rounds):
             workers[:] = workers[1:] + workers[:1]
-            told = each(workers, lambda worker: worker.step(number))  # noqa: B023  called at once
+            told = each(workers, lambda worker: worker.turn(number))  # noqa: B023  called at once
             what = f"round {number - run.args.warmup + 1}/{c.rounds}" if number >= run.args.warmup else "warm-up"
             say(f"  {what}: {', '.join(told)}")
         each(workers, lambda worker: worker.finish())
@@ -250,20 +293,22 @@ def largest_difference(losses: dict[str, list[float]], reference: list[float]) -
 
 def measure(run: Run, c: Configuration, dtype: str, fp32_losses: list[float] | None) -> dict[str, Any]:
     """One configuration in one type: its section of the report."""
+    c = run.fitting(c, dtype)
     say(f"{c.name} {dtype}: {c.rounds} rounds after {run.args.warmup} for warming up")
     failures: list[str] = []
     skipped: dict[str, str] = {}
     wanted = []
     for program in run.args.programs:
-        if program == "llmc-block" and c.T < LONG and not run.args.programs_given:
+        if program == "llmc-block" and (c.T < LONG or run.gpu) and not run.args.programs_given:
             continue
         if reason := run.missing(program):
             skipped[PROGRAMS[program]] = reason
         else:
             wanted.append(program)
     section: dict[str, Any] = {
-        "name": c.name, **c._asdict(), "dtype": dtype, "warmup": run.args.warmup, "skipped": skipped,
-        "failures": failures, "programs": [], "losses": {},
+        "name": c.name, **c._asdict(), "dtype": dtype, "device": run.args.device,
+        "only_forward": run.args.only_forward, "steps": run.machine(c, dtype)["steps"], "warmup": run.args.warmup,
+        "skipped": skipped, "failures": failures, "programs": [], "losses": {},
     }  # fmt: skip
     if not wanted:
         return section
@@ -279,8 +324,10 @@ def measure(run: Run, c: Configuration, dtype: str, fp32_losses: list[float] | N
     losses = section["losses"] = {worker.name: worker.losses for worker in trained + block}
     if not losses:
         return section
-    limit = LARGEST_DIFFERENCE if dtype == "fp32" else BF16_DIFFERENCE
-    if dtype != "fp32" and fp32_losses is not None:
+    limit = {"fp32": LARGEST_DIFFERENCE, "tf32": TF32_DIFFERENCE, "bf16": BF16_DIFFERENCE}[dtype]
+    if run.gpu:  # where PyTorch's softmax goes over the padded vocabulary, whose logits are 0, about the mean
+        limit += 2 * math.log(preset(c.init).padded_vocab_size / preset(c.init).vocab_size)
+    if dtype == "bf16" and fp32_losses is not None:
         apart, reference = "llmc's in fp32", fp32_losses
     else:
         first = "llmc" if "llmc" in losses else next(iter(losses))
@@ -291,14 +338,14 @@ def measure(run: Run, c: Configuration, dtype: str, fp32_losses: list[float] | N
         return section
     section["starts"] = repeat_starts(run, c, trained, failures)
     config = preset(c.init)
-    section |= report.ceiling(config, c.B, c.T, dtype, peaks)
+    section |= report.ceiling(config, c.B, c.T, dtype, peaks, only_forward=run.args.only_forward)
     for group, rows in ((groups[0], trained), (groups[-1], block)):
         ours = next((worker.answers for worker in group if worker.name == "llmc"), None)
         for worker in rows:
             seconds = section["starts"].get(worker.name, [worker.start])
             title = PROGRAMS[worker.name]
             mine = report.Measured(title, worker.answers, ours, worker.memory, seconds, run.args.warmup)
-            section["programs"].append(report.summary(mine, section, c.B * c.T))
+            section["programs"].append(report.summary(mine, section, c.B * c.T, run.gpu_name))
     return section
 
 
@@ -308,11 +355,13 @@ def measure(run: Run, c: Configuration, dtype: str, fp32_losses: list[float] | N
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "--configs", default=CONFIGURATIONS, metavar="LIST",
-        help=f"INIT:BxT=ROUNDS, separated by commas; INIT is a preset, =ROUNDS may be left out ({CONFIGURATIONS})",
+        "--configs", metavar="LIST",
+        help="INIT:BxT=ROUNDS, separated by commas; INIT is a preset, B a number or `max`, =ROUNDS may be left out "
+        f"({CONFIGURATIONS['cpu']}; on a GPU {CONFIGURATIONS['cuda']})",
     )  # fmt: skip
     parser.add_argument("--programs", metavar="LIST", help=f"of {','.join(PROGRAMS)}; llmc must be among them (all)")
-    parser.add_argument("--dtypes", default="fp32,bf16", metavar="LIST", help="of fp32, bf16 (both)")
+    parser.add_argument("--dtypes", metavar="LIST", help="of fp32, bf16 (both); on a GPU also tf32 (bf16)")
+    parser.add_argument("--only-forward", action="store_true", help="on a GPU: losses alone, without gradients")
     parser.add_argument("--rounds", type=int, default=9, metavar="N", help="where a configuration has no =ROUNDS (9)")
     parser.add_argument("--warmup", type=int, default=2, metavar="N", help="steps before them, the first included (2)")
     parser.add_argument(
@@ -320,11 +369,19 @@ def arguments() -> argparse.Namespace:
         help=f"how often each program is started; one that takes over {LONG_START:.0f} s only once (3)",
     )  # fmt: skip
     parser.add_argument("--threads", type=int, metavar="N", help="of each program (the physical cores)")
-    parser.add_argument("--device", choices=("cpu",), default="cpu", help="where (cpu, the only one)")
+    parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1 ... (cpu)")
+    parser.add_argument("--attention", metavar="NAME", help="llmc's on a GPU: own or cudnn (cudnn where installed)")
+    parser.add_argument("--turn", type=int, default=0, metavar="N", help="steps of a turn on a GPU (half a second's)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and tokens (0)")
     parser.add_argument("--json-out", type=Path, metavar="FILE", help="results, written after each configuration")
     report.add_output_options(parser)
     args = parser.parse_args()
+    kind = args.device.partition(":")[0]
+    if kind not in CONFIGURATIONS:
+        parser.error(f"--device: {args.device!r} is unknown; choose from cpu, cuda, cuda:1 ...")
+    if kind == "cpu" and (args.only_forward or args.attention or args.turn):
+        parser.error("--only-forward, --attention and --turn are for GPUs")
+    args.configs, args.dtypes = args.configs or CONFIGURATIONS[kind], args.dtypes or DTYPES[kind]
     args.programs_given = args.programs is not None
     args.programs = (args.programs or ",".join(PROGRAMS)).split(",")
     args.dtypes = args.dtypes.split(",")
@@ -341,7 +398,7 @@ def arguments() -> argparse.Namespace:
     except (ValueError, LlmcError) as error:
         parser.error(f"--configs: {error}; INIT:BxT=ROUNDS is wanted, such as d12:4x64=9")
     # fp32 first: its losses judge bf16's.
-    args.dtypes.sort(reverse=True)
+    args.dtypes.sort(key=ops.DTYPES.index)
     return args
 
 
@@ -349,11 +406,14 @@ def main() -> None:
     args = arguments()
     try:
         facts = machine.facts(ops.load("cpu", threads=args.threads).info())
+        if args.device != "cpu":
+            simulate()
+            facts |= machine.gpu_facts(ops.load(args.device, dtype=args.dtypes[0], attention=args.attention).info())
     except LlmcError as error:
         sys.exit(f"bench: {error}")
     result: dict[str, Any] = {"machine": facts, "recipe": TRAINED, "seed": args.seed, "configurations": []}
     with tempfile.TemporaryDirectory() as folder:
-        run = Run(args, facts["threads"], Path(folder))
+        run = Run(args, facts["threads"], Path(folder), facts.get("GPU", ""))
         for c in args.configs:
             fp32_losses = None
             for dtype in args.dtypes:

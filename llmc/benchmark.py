@@ -8,32 +8,37 @@ peak is the median of the turns' ratios.
 from __future__ import annotations
 
 import itertools
+import math
 import signal
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from llmc import costs, data, loading, machine, ops
+from llmc import data, loading, machine, ops
 from llmc.adamw import AdamW
 from llmc.arena import Array
-from llmc.costs import Cost
+from llmc.cases import LEARNING_RATE, RECIPE, Case, cases
 from llmc.errors import ConfigError, LlmcError
-from llmc.gpt2 import LAYERNORM_EPS, Config, preset, workspace
-from llmc.ops import DTYPES
-from llmc.profiling import PEAK_SECONDS, REGISTERS, ceiling, measure, stream_memory
+from llmc.gpt2 import Config, preset, workspace
+from llmc.ops import DTYPES, Ops
+from llmc.profiling import PEAK_SECONDS, ceiling, is_gpu, measure, products, stream_memory
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
 TURN_SECONDS = 0.02  # that an op is called again and again in one turn, at least
-# How every benchmark trains, those of bench/ too: AdamW with decay on matrices.
-LEARNING_RATE = 1e-4
-RECIPE = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
+TURN_STEPS = 10  # that a GPU takes in one turn
+CACHES = 3.0  # sizes of a GPU's cache that an op's arguments take, all sets of them
+MOST_SETS = 32
+
+GPU = "cuda"  # the name of a GPU among instruction sets
+CUDNN = "cudnn"  # and of its attention by cuDNN
 
 Progress = Callable[[str], None]
 
@@ -63,7 +68,10 @@ class Settings:
     batch_sizes: tuple[int, ...] = (4,)
     sequence_lengths: tuple[int, ...] = (64,)
     dtypes: tuple[str, ...] = ("fp32",)
-    isas: tuple[str, ...] = ()  # (): for kernels all that this CPU has (shared ones once), for training the best
+    device: str = "cpu"  # or a GPU, whose kernels are measured beside the CPU's
+    # (): for kernels all that this CPU has (shared ones once), for training the best.  "cuda" among them is the GPU,
+    # which needs no name where the device is one; alone it leaves the CPU out.
+    isas: tuple[str, ...] = ()
     only: str = ""  # ops whose name holds this
     threads: int | None = None
     warmup: int = 1  # calls before each turn; steps before the first
@@ -89,6 +97,21 @@ class Settings:
         for dtype in self.dtypes:
             if dtype not in DTYPES:
                 raise ConfigError("dtype", f"{dtype!r} is unknown; choose from {', '.join(DTYPES)}")
+        if GPU in self.isas and not self.gpu:
+            raise ConfigError("isas", f"{GPU!r} is there with --device {GPU} alone")
+
+    @property
+    def gpu(self) -> bool:
+        return self.device != "cpu"
+
+    @property
+    def cpu(self) -> Settings | None:
+        """What of it is the CPU's; None where that is nothing."""
+        isas = tuple(isa for isa in self.isas if isa != GPU)
+        dtypes = tuple(dtype for dtype in self.dtypes if not self.gpu or dtype != "tf32")
+        if not dtypes or (self.isas and not isas):
+            return None
+        return replace(self, device="cpu", isas=isas, dtypes=dtypes)
 
 
 def _backend(isa: str | None, threads: int | None, dtype: str) -> Any:
@@ -120,164 +143,13 @@ class KernelRow:
     op: str
     shape: str
     dtype: str
-    isa: str
+    isa: str  # GPU and CUDNN are names here
     unit: str  # of rate and peak: GFLOP/s or GB/s
     ms: Spread  # per call, over the turns
     rate: float  # at the median time
     peak: float  # median of what was measured beside it
     fraction: float  # of the peak: the median of the turns' ratios
     turns: int
-
-
-@dataclass(frozen=True)
-class Case:
-    """One op at one shape: a call, and what it costs."""
-
-    op: str
-    shape: str
-    dtype: str
-    cost: Cost
-    call: Callable[[], Any] = field(repr=False)
-
-
-def cases(backend: Any, config: Config, B: int, T: int, dtype: str) -> Iterator[Case]:
-    """Every op of the contract at the shapes of a training step (decoding ops at theirs), and a linear layer's three
-    products one by one.
-
-    Only the arrays of a few related ops exist at a time, if the caller lets go of a case before it asks for the next:
-    these ops are a generator of their own, and its locals end with it.
-    """
-    random = np.random.default_rng(0)
-    C, H, V, Vp, maxT = (
-        config.channels, config.num_heads, config.vocab_size, config.padded_vocab_size, config.max_seq_len
-    )  # fmt: skip
-    layers = {"qkv": (C, 3 * C), "attproj": (C, C), "fc": (C, 4 * C), "fcproj": (4 * C, C), "head": (C, V)}
-    tokens, wide, heads = f"{B}x{T}x{C}", f"{B}x{T}x{4 * C}", f"{B}x{T}x{C}, {H} heads"
-
-    def new(*shape: int, scale: float = 1.0) -> Array:
-        """In the memory that arenas have: in huge pages where there are any, without which a large table waits for
-        page tables more than for itself."""
-        out: Array = backend.empty(shape, "float32")
-        random.standard_normal(dtype=np.float32, out=out)
-        np.multiply(out, np.float32(scale), out=out)
-        return out
-
-    def blank(*shape: int) -> Array:
-        out: Array = backend.empty(shape, "float32")
-        return out
-
-    def number(*values: float) -> Array:
-        out: Array = backend.empty((len(values),), "float64")
-        out[...] = values
-        return out
-
-    def case(op: str, size: str, *args: Any) -> Case:
-        cost = costs.cost(op, dict(zip(costs.PARAMETERS[op], args, strict=True)))
-        return Case(op, size, dtype, cost, _bound(getattr(backend, op), *args))
-
-    def ids() -> Array:
-        out: Array = backend.empty((B, T), "int32")
-        out[...] = random.integers(V, size=(B, T))
-        return out
-
-    def products(name: str) -> Iterator[Case]:
-        K, N = layers[name]
-        x, w, y = new(B * T, K), new(N, K), new(B * T, N)
-        for use, shape, a, b in (("forward", y.shape, x, w), ("dx", x.shape, y, w), ("dw", w.shape, y, x)):
-            out = backend.empty(shape, "float32")
-            cost = Cost(
-                2.0 * B * T * K * N, float(a.nbytes + b.nbytes), float(out.nbytes), (2, 1, 0),
-                float(a.nbytes + b.nbytes + out.nbytes),
-            )  # fmt: skip
-            # Bound now: a closure would see the loop's last arrays.
-            yield Case(
-                f"product_{use}", f"{name} {K} -> {N}, {B}x{T}", dtype, cost, _bound(backend.product, use, out, a, b)
-            )
-            del out
-
-    def embedding() -> Iterator[Case]:
-        x, dout, i = new(B, T, C), new(B, T, C), ids()
-        wte, wpe, dwte, dwpe = new(Vp, C, scale=0.02), new(maxT, C), new(Vp, C), new(maxT, C)
-        yield case("embedding_forward", tokens, x, i, wte, wpe, V, 0)
-        yield case("embedding_backward", tokens, dwte, dwpe, dout, i, False)
-
-    def rows() -> Iterator[Case]:
-        x, dx, dout, total = new(B, T, C), new(B, T, C), new(B, T, C), new(B, T, C)
-        w, b, dw, db = new(C), new(C), new(C), new(C)
-        mean, rstd = blank(B, T), new(B, T)
-        yield case("layernorm_forward", tokens, dx, mean, rstd, x, w, b, LAYERNORM_EPS)
-        yield case("layernorm_backward", tokens, dx, dw, db, dout, x, mean, rstd, w, False)
-        yield case("residual_forward", tokens, dx, x, dx)  # in place, as decoding does it
-        yield case("residual_layernorm_forward", tokens, total, dx, mean, rstd, x, total, w, b, LAYERNORM_EPS)
-
-    def gelu() -> Iterator[Case]:
-        pre, act, dact = new(B, T, 4 * C), new(B, T, 4 * C), new(B, T, 4 * C)
-        yield case("gelu_forward", wide, act, pre)
-        yield case("gelu_backward", wide, dact, dact, pre)
-
-    def linear(name: str) -> Iterator[Case]:
-        K, N = layers[name]
-        x, y, w, b = new(B, T, K), new(B, T, N), new(N, K), new(N)
-        yield case("linear_forward", f"{K} -> {N}, {B}x{T}", y, x, w, b)
-        dx, dw, db = new(B, T, K), new(N, K), new(N)
-        yield case("linear_backward", f"{K} -> {N}, {B}x{T}", dx, dw, db, y, x, w, False)
-
-    def linear_gelu() -> Iterator[Case]:
-        x, pre, act, w, b = new(B, T, C), new(B, T, 4 * C), new(B, T, 4 * C), new(4 * C, C), new(4 * C)
-        yield case("linear_gelu_forward", f"{C} -> {4 * C}, {B}x{T}", act, pre, x, w, b)
-        back, dw, db = new(C, 4 * C), new(C, 4 * C), new(C)  # the layer that reads what GELU gives
-        yield case("gelu_linear_backward", f"{4 * C} -> {C}, {B}x{T}", act, dw, db, x, pre, act, back, False)
-
-    def attention() -> Iterator[Case]:
-        qkv, dqkv, out, dout = new(B, T, 3 * C), new(B, T, 3 * C), new(B, T, C), new(B, T, C)
-        lse = blank(B, H, T)
-        yield case("attention_forward", heads, out, lse, qkv)
-        yield case("attention_backward", heads, dqkv, dout, qkv, out, lse)
-
-    def decoding() -> Iterator[Case]:
-        keys, values, qkv, out = new(1, maxT, C), new(1, maxT, C), new(1, 1, 3 * C), new(1, 1, C)
-        yield case("attention_decode", f"1 token after {maxT - 1}", out, keys, values, qkv, H, maxT - 1)
-
-    def head() -> Iterator[Case]:
-        losses, x, wte, i = blank(B, T), new(B, T, C), new(Vp, C, scale=0.02), ids()
-        yield case("head_loss", f"{tokens}, loss alone", losses, None, None, x, wte, i, V, 1.0, False)
-        dx, dwte = new(B, T, C), new(Vp, C)
-        yield case("head_loss", f"{tokens}, with gradients", losses, dx, dwte, x, wte, i, V, 1.0 / (B * T), False)
-        yield case("sum_losses", f"{B}x{T}", number(0.0), losses, 1.0 / (B * T), False)
-        logits, one = blank(1, 1, V), new(1, 1, C)
-        yield case("head_logits", f"1x1x{C}, V={V}", logits, one, wte, V)
-
-    def update() -> Iterator[Case]:
-        n = Vp * C
-        w, dw = new(n, scale=0.02), new(n)
-        m, v = blank(n), blank(n)
-        norm, scale, spans = number(0.0), number(1.0), ((0, n, RECIPE["weight_decay"]),)
-        yield case("global_norm", f"{Vp}x{C}", norm, dw)
-        yield case("clip_scale", "1", scale, norm, number(1.0), 1.0)
-        yield case(
-            "adamw_step", f"{Vp}x{C}", w, m, v, dw, None, number(LEARNING_RATE, 10.0), scale, spans, RECIPE["beta1"],
-            RECIPE["beta2"], RECIPE["eps"], 0,
-        )  # fmt: skip
-        yield case("copy", f"{Vp}x{C}", m, w)
-        yield case("zero", f"{Vp}x{C}", dw)
-        yield case("normal", f"{Vp}x{C}", dw, 0, 0, 0.02)
-
-    for name in layers:
-        yield from products(name)
-    yield from embedding()
-    yield from rows()
-    yield from gelu()
-    for name in ("qkv", "attproj", "fcproj"):
-        yield from linear(name)
-    yield from linear_gelu()
-    yield from attention()
-    yield from decoding()
-    yield from head()
-    yield from update()
-
-
-def _bound(function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
-    return lambda: function(*args)
 
 
 def _visit(call: Callable[[], Any], warmup: int, least: float) -> tuple[float, float]:
@@ -295,29 +167,41 @@ def _visit(call: Callable[[], Any], warmup: int, least: float) -> tuple[float, f
 
 
 def kernels(settings: Settings, progress: Progress = _silent) -> list[KernelRow]:
-    """Every op, on each instruction set in turn.  ConfigError for one that this CPU lacks.
+    """Every op, on each instruction set in turn, and on the GPU.  ConfigError for a set that this CPU lacks.
 
     An instruction set with a product of bf16 pairs shares all other kernels with the one it extends; unless
     `settings.isas` names it, nothing but products in bf16 is measured on it.
     """
+    rows = [] if settings.cpu is None else _cpu_kernels(settings.cpu, progress)
+    return rows + (_gpu_kernels(settings, progress) if settings.gpu else [])
+
+
+def _cpu_kernels(settings: Settings, progress: Progress) -> list[KernelRow]:
     config = preset(settings.init)
     rows = []
     with _checked(settings) as backend:
         isas = settings.isas or backend.info()["isas"]
         distinct = settings.isas or tuple(isa for isa in isas if not _multiplies_pairs(isa, settings.threads))
         memory = stream_memory(backend)
-        backend.reserve(**workspace(config, max(settings.batch_sizes), max(settings.sequence_lengths)))
         for dtype in settings.dtypes:
-            for B in settings.batch_sizes:
-                for T in settings.sequence_lengths:
-                    for case in cases(backend, config, B, T, dtype):
-                        products = case.cost.products
-                        if settings.only in case.op and (products or dtype == settings.dtypes[0]):
-                            progress(f"{case.op} {case.shape} {dtype}")
-                            chosen = isas if products and dtype == "bf16" else distinct
-                            rows += _take_turns(case, chosen, settings, memory)
-                        del case  # with its arrays, before the next one's are made
+            for case in _wanted(backend, settings, config, dtype, progress):
+                products = case.cost.products
+                if products or dtype == settings.dtypes[0]:
+                    chosen = isas if products and dtype == "bf16" else distinct
+                    rows += _take_turns(case, chosen, settings, memory)
+                del case  # with its arrays, before the next one's are made
     return rows
+
+
+def _wanted(backend: Any, settings: Settings, config: Config, dtype: str, progress: Progress) -> Iterator[Case]:
+    """The cases of all shapes, if the name fits."""
+    backend.reserve(**workspace(config, max(settings.batch_sizes), max(settings.sequence_lengths)))
+    for B, T in itertools.product(settings.batch_sizes, settings.sequence_lengths):
+        for case in cases(backend, config, B, T, dtype):
+            if settings.only in case.op:
+                progress(f"{case.op} {case.shape} {dtype}")
+                yield case
+            del case
 
 
 def _multiplies_pairs(isa: str, threads: int | None) -> bool:
@@ -341,18 +225,76 @@ def _take_turns(case: Case, isas: Sequence[str], settings: Settings, memory: Arr
             peaks[isa].append((first + measure(backend, what, memory, beside)) / 2)
             took[isa].append(seconds)
             spent[isa] += whole
-    rows = []
-    for isa in isas:
-        ms = Spread.of([1e3 * seconds for seconds in took[isa]])
-        ratios = [case.cost.amount / s / peak for s, peak in zip(took[isa], peaks[isa], strict=True)]
-        rows.append(
-            KernelRow(
-                case.op, case.shape, case.dtype if case.cost.products else "fp32", isa, case.cost.unit, ms,
-                case.cost.amount / ms.median / 1e6, statistics.median(peaks[isa]) / 1e9, statistics.median(ratios),
-                len(took[isa]),
-            )
-        )  # fmt: skip
+    dtype = case.dtype if case.cost.products else "fp32"
+    return [_kernel_row(case, dtype, isa, took[isa], peaks[isa]) for isa in isas]
+
+
+# ---- kernels of a GPU ------------------------------------------------------------------------------
+
+
+def _gpu_kernels(settings: Settings, progress: Progress) -> list[KernelRow]:
+    """Every op on the GPU, in each type; what has no products is the same in fp32 and tf32."""
+    rows, config = [], preset(settings.init)
+    stored: set[str] = set()
+    for dtype in settings.dtypes:
+        backend: Any = ops.load(settings.device, dtype=dtype)
+        fast, storage = backend.info()["attention"], backend.info()["storage"]
+        memory = stream_memory(backend)
+        for case in _wanted(backend, settings, config, dtype, progress):
+            if case.cost.products or storage not in stored:
+                ops.load(settings.device, dtype=dtype, attention="own")
+                rows.append(_gpu_row(backend, case, settings, memory, GPU))
+                if fast == CUDNN and case.op in ("attention_forward", "attention_backward"):
+                    ops.load(settings.device, dtype=dtype, attention=CUDNN)
+                    rows.append(_gpu_row(backend, case, settings, memory, CUDNN))
+            del case
+        stored.add(storage)
+        del memory
     return rows
+
+
+def _gpu_row(backend: Any, case: Case, settings: Settings, memory: Array, name: str) -> KernelRow:
+    """One case's figures by the GPU's clock.  Its calls are recorded, so that Python's share of a call is in no figure,
+    and go through several sets of arguments, so that none is in the cache when its turn comes."""
+    count = min(MOST_SETS, max(1, math.ceil(CACHES * backend.cache_nbytes() / max(1.0, case.cost.footprint))))
+    sets = case.copies(backend, count)
+
+    def round_of_calls() -> None:
+        for args in sets:
+            case.function(*args)
+
+    replay = backend.record(round_of_calls)
+    for _ in range(2 + settings.warmup):  # the first runs the ops, the second records them
+        replay()
+    what = ceiling(case.cost, case.dtype, gpu=True)
+    turn, beside = min(TURN_SECONDS, settings.seconds), min(PEAK_SECONDS, settings.seconds)
+    took: list[float] = []
+    peaks: list[float] = []
+    spent, replays = 0.0, 1
+    while len(took) < settings.repeats and (not took or spent < settings.seconds):
+        first = measure(backend, what, memory, beside)
+        while True:
+            begin = backend.stamp()
+            for _ in range(replays):
+                replay()
+            seconds = max(backend.elapsed(begin, backend.stamp()), 1e-9)
+            spent += seconds
+            if seconds >= turn:
+                break
+            replays = min(4 * replays, math.ceil(1.2 * replays * turn / seconds)) + 1
+        peaks.append((first + measure(backend, what, memory, beside)) / 2)
+        took.append(seconds / replays / count)
+    own_type = case.cost.products or backend.info()["storage"] != "float32"
+    return _kernel_row(case, case.dtype if own_type else "fp32", name, took, peaks)
+
+
+def _kernel_row(case: Case, dtype: str, isa: str, took: Sequence[float], peaks: Sequence[float]) -> KernelRow:
+    ms = Spread.of([1e3 * seconds for seconds in took])
+    ratios = [case.cost.amount / s / peak for s, peak in zip(took, peaks, strict=True)]
+    return KernelRow(
+        case.op, case.shape, dtype, isa, case.cost.unit, ms, case.cost.amount / ms.median / 1e6,
+        statistics.median(peaks) / 1e9, statistics.median(ratios), len(took),
+    )  # fmt: skip
 
 
 # ---- training --------------------------------------------------------------------------------------
@@ -366,18 +308,19 @@ class TrainingRow:
     B: int
     T: int
     dtype: str
-    isa: str
+    isa: str  # or GPU
     threads: int
-    ms: Spread  # a step
-    forward_ms: float  # medians; the head's backward belongs to the forward pass
+    ms: Spread  # a step; on a GPU one of several that follow each other
+    forward_ms: float  # medians; the head's backward belongs to the forward pass.  On a GPU those of a step alone
     backward_ms: float
     update_ms: float
     tokens_per_second: float  # at the median
     mfu: float  # the step's products at the peak measured beside it / the step: the median of the turns' ratios
     peak_gflops: float
-    peak_mib: float  # the most memory that the process ever held
+    peak_mib: float  # the most memory that the process ever held; on a GPU, of the GPU's, its context left out
     first_step_seconds: float  # from the start of the process to the end of its first step
-    steps: int  # timed
+    steps: int  # timed; on a GPU turns of TURN_STEPS
+    busy: float | None = None  # the part of a step in which the GPU had work, the median of the turns'
 
 
 @dataclass(frozen=True)
@@ -392,6 +335,8 @@ class Configuration:
     threads: int | None
     seed: int = 0  # of weights and batches
     recompute: str = "none"
+    device: str = "cpu"
+    attention: str | None = None  # a GPU's, as `ops.load` takes it
 
 
 def flops_per_token(config: Config, T: int) -> float:
@@ -401,47 +346,141 @@ def flops_per_token(config: Config, T: int) -> float:
     return 6.0 * (config.vocab_size * C + 12 * L * C * C) + 6.0 * L * C * T
 
 
+class _Watched:
+    """A backend that sets stamps around what it has recorded, so that it can be told when the device was busy."""
+
+    def __init__(self, backend: Ops) -> None:
+        self._backend = backend
+        self.stamps: list[tuple[Any, Any]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_backend"], name)
+
+    def record(self, function: Callable[[], None]) -> Callable[[], None]:
+        replay, stamp = self._backend.record(function), self._backend.stamp
+
+        def stamped() -> None:
+            begin = stamp()
+            replay()
+            self.stamps.append((begin, stamp()))
+
+        return stamped
+
+    def busy(self) -> float:
+        """Seconds between the stamps, which are forgotten."""
+        stamps, self.stamps = self.stamps, []
+        return sum(self._backend.elapsed(*pair) for pair in stamps)
+
+
 class Program:
     """A model in training on random batches: llmc's side of a comparison."""
 
     def __init__(self, configuration: Configuration) -> None:
         self.configuration = c = configuration
-        self.model = loading.load(c.init, isa=c.isa, threads=c.threads, dtype=c.dtype, seed=c.seed)
-        self.model.prepare(c.B, c.T, c.recompute)
-        assert self.model.grads is not None
-        self.optimizer = AdamW(self.model.params.table, self.model.params, self.model.grads, self.model.ops, **RECIPE)
+        if c.device == "cpu":
+            self.backend = ops.load("cpu", isa=c.isa, threads=c.threads, dtype=c.dtype)
+        else:
+            self.backend = ops.load(c.device, dtype=c.dtype, attention=c.attention)
+        self.held = 0  # bytes of a GPU's memory
+        with self._counted():
+            self.watched = _Watched(self.backend)
+            self.model = loading.load(c.init, ops=cast(Ops, self.watched), seed=c.seed)
+            self.model.prepare(c.B, c.T, c.recompute)
+            assert self.model.grads is not None
+            self.optimizer = AdamW(
+                self.model.params.table, self.model.params, self.model.grads, cast(Ops, self.watched),
+                weights=self.model.weights, **RECIPE,
+            )  # fmt: skip
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """What is taken of a GPU's memory within; no other process takes any at that time."""
+        before = self.backend.memory()
+        yield
+        after = self.backend.memory()
+        if before is not None and after is not None:
+            self.held += max(0, before[0] - after[0])
+
+    def _batch(self, number: int) -> tuple[Array, Array]:
+        c = self.configuration
+        return data.random_batch(self.model.config.vocab_size, c.B, c.T, c.seed, number)
 
     def step(self, number: int) -> tuple[float, list[float]]:
-        """One step: its loss, and the times at which it began, and had done forward, backward and update."""
-        c = self.configuration
-        x, y = data.random_batch(self.model.config.vocab_size, c.B, c.T, c.seed, number)
-        times = [time.perf_counter()]
-        loss = self.model.forward(x, y)
-        times.append(time.perf_counter())
-        self.model.backward()
-        times.append(time.perf_counter())
-        self.optimizer.step(LEARNING_RATE)
-        times.append(time.perf_counter())
-        return loss, times
+        """One step: its loss, and the seconds after which it began (0), and had done forward, backward and update."""
+        x, y = self._batch(number)
+        with self._counted():
+            stamps = [self.backend.stamp()]
+            loss = self.model.forward(x, y)
+            stamps.append(self.backend.stamp())
+            self.model.backward()
+            stamps.append(self.backend.stamp())
+            self.optimizer.step(LEARNING_RATE)
+            stamps.append(self.backend.stamp())
+            self.watched.stamps.clear()
+            return loss, [self.backend.elapsed(stamps[0], stamp) for stamp in stamps]
+
+    def turn(self, numbers: Sequence[int], only_forward: bool = False) -> tuple[list[float], float, float]:
+        """Steps that follow each other, as in training: their losses, the seconds of each, and the part of these in
+        which the device was busy.  With `only_forward` the losses are all there is to a step."""
+        batches = [self._batch(number) for number in numbers]
+        ahead, total = self.backend.info()["ahead"], self.model.total
+        under_way: deque[Callable[[], Array]] = deque()
+        losses: list[float] = []
+
+        def finish(most: int) -> None:
+            while len(under_way) > most:
+                losses.append(float(under_way.popleft()()[0]))
+
+        with self._counted():
+            self.backend.fetch(total)()  # whatever was before is done
+            self.watched.stamps.clear()
+            began = time.perf_counter()
+            for x, y in batches:
+                if only_forward:
+                    self.model.begin_loss(x, y)
+                else:
+                    self.model.gradients(x, y)
+                    self.optimizer.step(LEARNING_RATE)
+                under_way.append(self.backend.fetch(total))
+                finish(ahead)
+            finish(0)
+            seconds = time.perf_counter() - began
+        return losses, seconds / len(batches), self.watched.busy() / seconds
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """What a process answers: seconds of the parts of a step and of a step, the GPU's share, FLOP/s of the ceiling."""
+
+    parts: list[float]
+    step: float
+    busy: float | None
+    peak: float
 
 
 def _train(pipe: Connection, configuration: Configuration) -> None:
-    """A process: a step for each number received, None to end.  Ctrl-C is the parent's to answer."""
+    """A process: a step (of a GPU, a turn of them) for each number received, None to end.  Ctrl-C is the parent's to
+    answer."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         program = Program(configuration)
-        backend: Any = program.model.ops
-        what = REGISTERS[configuration.dtype]
-        first = True
+        backend: Any = program.backend
+        gpu = is_gpu(backend)
+        what, memory = products(configuration.dtype, gpu), None
+        pipe.send(program.step(pipe.recv())[0])  # the parent looks at its clock
+        if gpu:
+            memory = stream_memory(backend)
         while (number := pipe.recv()) is not None:
-            before = 0.0 if first else measure(backend, what)
-            loss, times = program.step(number)
-            if first:  # the parent looks at its clock
-                pipe.send(loss)
-                first = False
-                continue
-            pipe.send((loss, times, (before + measure(backend, what)) / 2))
-        pipe.send((machine.memory()["peak"], backend.info()))
+            before = measure(backend, what, memory)
+            step, busy = 0.0, None
+            if gpu:
+                first = number * (TURN_STEPS + 1)
+                _, step, busy = program.turn(range(first, first + TURN_STEPS))
+                number = first + TURN_STEPS
+            parts = [b - a for a, b in itertools.pairwise(program.step(number)[1])]
+            peak = (before + measure(backend, what, memory)) / 2
+            pipe.send(_Turn(parts, step if gpu else sum(parts), busy, peak))
+        pipe.send((program.held / 2**20 if gpu else machine.memory()["peak"], backend.info()))
     except (LlmcError, MemoryError) as error:
         pipe.send(_Failure(str(error) or "out of memory"))
 
@@ -457,8 +496,7 @@ class _Process:
 
         self.configuration = c = configuration
         self.name = f"{c.init} B={c.B} T={c.T} {c.dtype}"
-        self.took: list[list[float]] = []
-        self.peaks: list[float] = []
+        self.turns: list[_Turn] = []
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_train, args=(theirs, configuration), daemon=True)
@@ -480,23 +518,26 @@ class _Process:
         return answer
 
     def step(self, number: int, keep: bool) -> None:
-        _, times, peak = self.ask(number)
+        turn = self.ask(number)
         if keep:
-            self.took.append([b - a for a, b in itertools.pairwise(times)])
-            self.peaks.append(peak)
+            self.turns.append(turn)
 
     def row(self) -> TrainingRow:
         peak_mib, info = self.ask(None)
         self.process.join()
         c = self.configuration
-        steps = [sum(parts) for parts in self.took]
+        steps = [turn.step for turn in self.turns]
         work = c.B * c.T * flops_per_token(preset(c.init), c.T)
-        forward, backward, update = (1e3 * statistics.median(part) for part in zip(*self.took, strict=True))
+        parts = zip(*(turn.parts for turn in self.turns), strict=True)
+        forward, backward, update = (1e3 * statistics.median(part) for part in parts)
+        busy = [turn.busy for turn in self.turns if turn.busy is not None]
         return TrainingRow(
-            c.init, c.B, c.T, c.dtype, info["isa"], info["threads"], Spread.of([1e3 * step for step in steps]),
-            forward, backward, update, c.B * c.T / statistics.median(steps),
-            statistics.median([work / step / peak for step, peak in zip(steps, self.peaks, strict=True)]),
-            statistics.median(self.peaks) / 1e9, peak_mib, self.first, len(steps),
+            c.init, c.B, c.T, c.dtype, info.get("isa", GPU), info.get("threads", 0),
+            Spread.of([1e3 * step for step in steps]), forward, backward, update,
+            c.B * c.T / statistics.median(steps),
+            statistics.median([work / turn.step / turn.peak for turn in self.turns]),
+            statistics.median(turn.peak for turn in self.turns) / 1e9, peak_mib, self.first, len(steps),
+            statistics.median(busy) if busy else None,
         )  # fmt: skip
 
 
@@ -505,19 +546,26 @@ def training(settings: Settings, progress: Progress = _silent) -> list[TrainingR
     are in memory together."""
     from llmc.training import TrainConfig, require_memory  # not for who only wants a Program
 
-    with _checked(settings):
-        pass
+    if not settings.gpu:
+        with _checked(settings):
+            pass
     rows: list[TrainingRow] = []
     for B in settings.batch_sizes:
         for T in settings.sequence_lengths:
-            require_memory(
-                TrainConfig(init=settings.init, batch_size=B, sequence_length=T, val_every=0, sample_every=0)
-            )  # fmt: skip
+            for dtype in settings.dtypes if settings.gpu else ("fp32",):
+                require_memory(
+                    TrainConfig(
+                        init=settings.init, batch_size=B, sequence_length=T, val_every=0, sample_every=0, dtype=dtype,
+                        device=settings.device,
+                    )
+                )  # fmt: skip
             processes: list[_Process] = []
             try:
                 for dtype in settings.dtypes:
-                    for isa in settings.isas or (None,):
-                        configuration = Configuration(settings.init, B, T, dtype, isa, settings.threads)
+                    for isa in (None,) if settings.gpu else settings.isas or (None,):
+                        configuration = Configuration(
+                            settings.init, B, T, dtype, isa, settings.threads, device=settings.device
+                        )
                         progress(f"{settings.init} B={B} T={T} {dtype} {isa or ''}")
                         processes.append(_Process(configuration))
                 _step_by_step(processes, settings)
@@ -534,5 +582,5 @@ def _step_by_step(processes: Sequence[_Process], settings: Settings) -> None:
     for number in range(1, 1 + settings.warmup + settings.repeats):
         first = number % len(processes)
         for process in [*processes[first:], *processes[:first]]:
-            if not process.took or sum(map(sum, process.took)) < settings.seconds:
+            if not process.turns or sum(turn.step for turn in process.turns) < settings.seconds:
                 process.step(number, keep=number > settings.warmup)

@@ -34,15 +34,19 @@ ROUNDS = 5  # times that the ceilings are measured in a run, about
 PEAK_SECONDS = 0.01  # per ceiling and time
 SMALLEST, LARGEST = 1 << 12, 1 << 27  # bytes of a stream; 128 MiB are beyond the caches, and more run no slower
 
-Ceiling = tuple[str, int, int, int, int]  # what to measure: fma, dot, or a stream's arrays and bytes
-
+# What to measure: on a CPU fma, dot, or a stream's arrays (read, written, updated) and bytes; on a GPU product, copy.
+Ceiling = tuple[str, int, int, int, int]
 
 REGISTERS: dict[str, Ceiling] = {"fp32": ("fma", 0, 0, 0, 0), "bf16": ("dot", 0, 0, 0, 0)}
+PRODUCT: Ceiling = ("product", 0, 0, 0, 0)  # a large one, in the type in use
+COPY: Ceiling = ("copy", 0, 0, 0, 0)  # whose rate that of any other traffic comes near, on a GPU
 
 
-def ceiling(cost: Cost, dtype: str) -> Ceiling:
-    """What bounds a call of this cost, as `measure` takes it, where products are taken in `dtype` (fp32, bf16).  A
-    stream's bytes are rounded to three binary digits, so that few differ."""
+def ceiling(cost: Cost, dtype: str, gpu: bool = False) -> Ceiling:
+    """What bounds a call of this cost, as `measure` takes it, where products are taken in `dtype` (fp32, bf16; a GPU
+    has one ceiling for the type in use).  A stream's bytes are rounded to three binary digits, so that few differ."""
+    if gpu:
+        return PRODUCT if cost.products else COPY
     if cost.products:
         return REGISTERS[dtype]
     size = min(max(round(cost.footprint), SMALLEST), LARGEST)
@@ -50,26 +54,43 @@ def ceiling(cost: Cost, dtype: str) -> Ceiling:
     return ("stream", *cost.arrays, (size + step // 2) // step * step)
 
 
+def products(dtype: str, gpu: bool = False) -> Ceiling:
+    """What bounds products in `dtype`."""
+    return PRODUCT if gpu else REGISTERS[dtype]
+
+
+def is_gpu(ops: Any) -> bool:
+    """Whether a backend's ceilings are those of a GPU."""
+    return bool(ops.info().get("device") == "cuda")
+
+
 def has_ceilings(ops: Any) -> bool:
     """Whether a backend can measure its own."""
-    return hasattr(ops, "measure_fma")
+    return is_gpu(ops) or hasattr(ops, "measure_fma")
 
 
 def memory_nbytes(ops: Any) -> int:
-    """Bytes that a profile allocates: the memory of its streams."""
+    """Bytes that a profile allocates: the memory that its ceilings are measured in."""
+    if is_gpu(ops):
+        return int(ops.peak_nbytes())
     return 4 * int(ops.stream_floats(LARGEST)) if has_ceilings(ops) else 0
 
 
 def stream_memory(ops: Any, nbytes: int = LARGEST) -> Array:
-    """What `measure` needs for streams of up to `nbytes`; made once, so that a measurement allocates nothing."""
+    """What `measure` needs, on a CPU for streams of up to `nbytes`; made once, so that a measurement allocates
+    nothing."""
+    if is_gpu(ops):
+        return cast(Array, ops.empty((ops.peak_nbytes(),), "uint8"))
     return cast(Array, ops.empty((ops.stream_floats(nbytes),), "float32"))
 
 
 def measure(ops: Any, what: Ceiling, memory: Array | None = None, seconds: float = PEAK_SECONDS) -> float:
-    """FLOP/s, or B/s of a stream through `memory`, over `seconds` on the kernels and threads in use."""
+    """FLOP/s, or B/s of a stream or a copy through `memory`, over `seconds` on the kernels and threads in use."""
     kind, reads, writes, updates, nbytes = what
     if kind == "stream":
         return float(ops.measure_stream(memory, reads, writes, nbytes, seconds, updates))
+    if kind in ("product", "copy"):
+        return float(getattr(ops, f"measure_{kind}")(memory, seconds))
     return float(ops.measure_dot(seconds) if kind == "dot" else ops.measure_fma(seconds))
 
 
@@ -96,7 +117,7 @@ class Profile:
     rows: tuple[OpTime, ...]  # longest first
     parts: dict[str, float]  # seconds per step
     outside: float  # seconds per step that no op accounts for
-    peaks: dict[str, float]  # FLOP/s, medians
+    peaks: dict[str, float]  # medians: FLOP/s, B/s of a GPU's copy
 
 
 class _Calls:
@@ -116,7 +137,7 @@ class Profiled:
         `memory_nbytes`, is allocated here."""
         self._ops = ops
         self._memory = stream_memory(ops) if has_ceilings(ops) else None
-        self._dtype = ops.info()["dtype"]
+        self._dtype, self._gpu = ops.info()["dtype"], is_gpu(ops)
         self._every = max(1, -(-steps // ROUNDS))
         self._on = False
         self._steps: list[float] = []
@@ -178,10 +199,13 @@ class Profiled:
     def _counted(self) -> list[_Calls]:
         return list((self._calls if len(self._steps) > 1 else self._first).values())
 
+    def _ceiling(self, cost: Cost) -> Ceiling:
+        return ceiling(cost, self._dtype, self._gpu)
+
     def _measure(self) -> None:
         if has_ceilings(self._ops):
-            needed = {ceiling(calls.cost, self._dtype) for calls in self._counted()}
-            for what in sorted(needed | {REGISTERS[self._dtype]}):
+            needed = {self._ceiling(calls.cost) for calls in self._counted()}
+            for what in sorted(needed | {products(self._dtype, self._gpu)}):
                 self._ceilings.setdefault(what, []).append(measure(self._ops, what, self._memory))
 
     def report(self) -> Profile:
@@ -189,7 +213,7 @@ class Profiled:
         if not self._steps:
             raise RuntimeError("a profile needs a step")
         counted = self._counted()
-        if has_ceilings(self._ops) and {ceiling(calls.cost, self._dtype) for calls in counted} - self._ceilings.keys():
+        if has_ceilings(self._ops) and {self._ceiling(calls.cost) for calls in counted} - self._ceilings.keys():
             self._measure()
         peaks = {what: statistics.median(values) for what, values in self._ceilings.items()}
         steps = max(1, len(self._steps) - 1)
@@ -204,9 +228,7 @@ class Profiled:
             work = sum(calls.count * (calls.cost.flops if products else calls.cost.nbytes) for calls in group)
             fraction = None
             if peaks:
-                ideal = sum(
-                    calls.count * calls.cost.amount / peaks[ceiling(calls.cost, self._dtype)] for calls in group
-                )
+                ideal = sum(calls.count * calls.cost.amount / peaks[self._ceiling(calls.cost)] for calls in group)
                 fraction = ideal / took
             rows.append(
                 OpTime(

@@ -180,10 +180,11 @@ def _draw_training(axes: Any, rows: Sequence[TrainingRow]) -> None:
     draw_steps(axes, labels, [{part: getattr(row, f"{part}_ms") for part in PARTS} for row in rows])
 
 
-def draw_steps(axes: Any, labels: Sequence[str], steps: Sequence[Mapping[str, float]]) -> list[float]:
-    """A bar per step, from the ms of its PARTS one after another; where each bar ends."""
+def draw_steps(axes: Any, labels: Sequence[str], steps: Sequence[Mapping[str, Any]]) -> list[float]:
+    """A bar per step, from the ms of its PARTS one after another, or of the whole `step` where they are not known; where
+    each bar ends."""
     ends = [0.0] * len(steps)
-    for part in PARTS:
+    for part in PARTS if all(step[part] is not None for step in steps for part in PARTS) else ("step",):
         widths = [step[part] for step in steps]
         axes.barh(range(len(steps)), widths, 0.7, left=ends, label=part)
         ends = [a + b for a, b in zip(ends, widths, strict=True)]

@@ -63,7 +63,7 @@ def test_roofline_is_products_and_traffic(report: Any) -> None:
 
 def test_summary_compares_rounds_not_medians(report: Any) -> None:
     def answers(*seconds: float) -> list[dict[str, Any]]:
-        return [{"loss": 1.0, "forward": s, "backward": 2 * s, "update": s} for s in seconds]
+        return [{"losses": [1.0], "forward": s, "backward": 2 * s, "update": s} for s in seconds]
 
     # The first answer is for warming up.  Ratios of the rounds: 3, 1, 5; of the medians: 2.
     ours, theirs = answers(9.0, 0.1, 0.4, 0.2), answers(9.0, 0.3, 0.4, 1.0)
@@ -142,13 +142,14 @@ def test_pytorch_sees_what_llmc_sees(tmp_path: Path) -> None:
 @pytest.mark.heavy
 def test_pytorch_meets_no_kernels(tmp_path: Path, training: Any) -> None:
     """Two OpenMP runtimes in one process would get in each other's way."""
-    shared = training.Run(SimpleNamespace(seed=0), 1, tmp_path)
+    args = SimpleNamespace(seed=0, device="cpu", only_forward=False, attention=None, turn=0)
+    shared = training.Run(args, 1, tmp_path)
     settings = shared.settings("eager", training.Configuration("tiny", 2, 8, 1), "fp32")
     program = (
         f"import json, sys; sys.path.insert(0, {str(BENCH)!r})\n"
         "import programs\n"
         "made = programs.PROGRAMS['torch'](json.loads(sys.argv[1]))\n"
-        "assert made.step(0)['loss'] > 0 and made.optimizer.defaults['lr'] == 1e-4\n"
+        "assert made.turn(0)['losses'][0] > 0 and made.optimizer.defaults['lr'] == 1e-4\n"
         "print([name for name in sys.modules if name.startswith('llmc._cpu')])\n"
     )
     command = [sys.executable, "-c", program, json.dumps(settings)]

@@ -10,6 +10,7 @@ allocates, and cuDNN may load code.  Queries, keys and values are views of qkv: 
 
 from __future__ import annotations
 
+import atexit
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -24,8 +25,29 @@ from llmc.errors import DeviceError
 OLDEST = 90000  # cuDNN 9.0: the first whose attention takes strided views in both passes
 Q, K, V, OUT, LSE, DOUT, DQ, DK, DV = range(1, 10)  # of the tensors in a graph
 
-_handles: dict[int, Any] = {}  # by stream
-_plans: dict[tuple[Any, ...], _Plan] = {}
+
+class _Shape(NamedTuple):
+    B: int
+    H: int
+    T: int
+    D: int
+
+
+class _Plan(NamedTuple):
+    graph: Any
+    scratch: Any  # a DeviceArray, or None
+
+
+class _State(NamedTuple):
+    """What belongs to a GPU in use."""
+
+    opened: Any  # `device.handle()`
+    handle: Any  # cuDNN's, bound to the stream that ops run on
+    plans: dict[tuple[str, _Shape], _Plan]
+
+
+_states: list[_State] = []  # one at most
+atexit.register(_states.clear)  # before the context goes
 
 
 @functools.cache
@@ -75,18 +97,6 @@ def backward(dqkv: Any, dout: Any, qkv: Any, out: Any, lse: Any) -> None:
         )
 
 
-class _Shape(NamedTuple):
-    B: int
-    H: int
-    T: int
-    D: int
-
-
-class _Plan(NamedTuple):
-    graph: Any
-    scratch: Any  # a DeviceArray, or None
-
-
 def _shape(lse: Any, qkv: Any) -> _Shape:
     if qkv.dtype.name != "bfloat16":
         raise TypeError(f"qkv: cuDNN's attention takes bfloat16, got {qkv.dtype.name}")
@@ -104,7 +114,7 @@ def _thirds(qkv: Any) -> tuple[int, int, int]:
 def _reported(shape: _Shape) -> Iterator[None]:
     try:
         yield
-    except DeviceError:
+    except (DeviceError, MemoryError):
         raise
     except Exception as error:  # its own types, and RuntimeError, ValueError of the binding
         B, H, T, D = shape
@@ -117,37 +127,36 @@ def _reported(shape: _Shape) -> Iterator[None]:
 # ---- plans -----------------------------------------------------------------------------------------
 
 
-def _handle() -> Any:
-    """cuDNN's handle for the stream that ops run on."""
+def _state() -> _State:
     import cudnn
 
-    stream = int(device.stream().handle)
-    if stream not in _handles:
-        made = cudnn.create_handle()
-        cudnn.set_stream(handle=made, stream=stream)
-        _handles[stream] = made
-    return _handles[stream]
+    opened = device.handle()
+    if not _states or _states[0].opened is not opened:
+        handle = cudnn.create_handle()
+        cudnn.set_stream(handle=handle, stream=int(device.stream().handle))
+        _states[:] = [_State(opened, handle, {})]
+    return _states[0]
 
 
 def _plan(name: str, shape: _Shape, build: Callable[[Any, _Shape], Any]) -> _Plan:
-    handle = _handle()
-    key = (name, shape, int(device.stream().handle))
-    if key not in _plans:
+    state = _state()
+    if (name, shape) not in state.plans:
         import cudnn
 
-        graph = build(handle, shape)
+        device.not_captured("making a plan of cuDNN's")
+        graph = build(state.handle, shape)
         graph.validate()
         graph.build_operation_graph()
         graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
         graph.check_support()
         graph.build_plans()
         nbytes = graph.get_workspace_size()
-        _plans[key] = _Plan(graph, device.empty((nbytes,), "uint8") if nbytes else None)
-    return _plans[key]
+        state.plans[name, shape] = _Plan(graph, device.empty((nbytes,), "uint8") if nbytes else None)
+    return state.plans[name, shape]
 
 
 def _run(plan: _Plan, pointers: dict[int, int]) -> None:
-    plan.graph.execute(pointers, plan.scratch.ptr if plan.scratch is not None else 0, handle=_handle())
+    plan.graph.execute(pointers, plan.scratch.ptr if plan.scratch is not None else 0, handle=_state().handle)
 
 
 def _graph(handle: Any) -> Any:
