@@ -117,11 +117,10 @@ template <int M, int N> __device__ __forceinline__ void clear(float (&x)[M][N][4
             for (int e = 0; e < 4; e++) x[m][n][e] = 0.0f;
 }
 
-// s = left right^T: the warp's 16 M rows of one tile by the BN rows of another, over D columns.
+// s += left right^T: the warp's 16 M rows of one tile by the BN rows of another, over D columns.
 template <int D, int BN, int M, bool KEEP>
 __device__ __forceinline__ void multiply_rows(float (&s)[M][BN / 8][4], Left<D, M, KEEP> &left, unsigned right) {
     right += lane_rows<D>();
-    clear(s);
 #pragma unroll
     for (int k = 0; k < D / 16; k++) {
         const unsigned(&a)[M][4] = left.get(k);
@@ -238,7 +237,7 @@ __device__ __forceinline__ void forward(bf16 *out, float *lse, const bf16 *qkv, 
     for (int m = 0; m < M; m++)
 #pragma unroll
         for (int half = 0; half < 2; half++) largest[m][half] = -INFINITY, total[m][half] = 0.0f;
-    Left<D, M, (M * D <= 128)> q;
+    Left<D, M, (M * D <= 64)> q;
     cp_async_wait<0>();
     __syncthreads();
     q.begin(q_tile, first);
@@ -255,6 +254,7 @@ __device__ __forceinline__ void forward(bf16 *out, float *lse, const bf16 *qkv, 
         }
         if (k0 < row0 + 16 * M) { // else all of it is these rows' future
             float s[M][BN / 8][4];
+            clear(s);
             multiply_rows<D, BN>(s, q, k_tiles + stage);
             if (k0 + BN - 1 > row0) {
 #pragma unroll
@@ -387,7 +387,14 @@ __device__ __forceinline__ void backward_queries(bf16 *dqkv, float *delta, const
         }
         if (k0 < row0 + 16 * M) {
             float s[M][BN / 8][4], dp[M][BN / 8][4];
+            clear(s);
             multiply_rows<D, BN>(s, q, k_tiles + stage);
+#pragma unroll
+            for (int m = 0; m < M; m++)
+#pragma unroll
+                for (int n = 0; n < BN / 8; n++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++) dp[m][n][e] = -own_delta[m][e / 2];
             multiply_rows<D, BN>(dp, o, v_tiles + stage);
             if (k0 + BN - 1 > row0) {
 #pragma unroll
@@ -405,7 +412,7 @@ __device__ __forceinline__ void backward_queries(bf16 *dqkv, float *delta, const
 #pragma unroll
                     for (int e = 0; e < 4; e++) {
                         const float p = exp2_approx(fmaf(s[m][n][e], c, -shift[m][e / 2]));
-                        s[m][n][e] = p * (dp[m][n][e] - own_delta[m][e / 2]);
+                        s[m][n][e] = p * dp[m][n][e];
                     }
             multiply_add<D, BN>(sum, s, k_tiles + stage);
         }
@@ -432,14 +439,14 @@ __device__ __forceinline__ void backward_keys(bf16 *dqkv, const bf16 *dout, cons
     const float scale = rsqrtf((float)D), c = scale * LOG2E;
     const bf16 *queries = qkv + (long long)b * T * stride + h * D, *keys = queries + C, *values = keys + C;
     const bf16 *douts = dout + (long long)b * T * C + h * D;
-    lse += (long long)own.head * T, delta += (long long)own.head * T;
+    const long long statistics = (long long)own.head * T;
 
     load_tile<D, BM>(k_tile, keys + (long long)k0 * stride, stride, T - k0);
     if (KEYS) load_tile<D, BM>(v_tile, values + (long long)k0 * stride, stride, T - k0);
     load_tile<D, BN>(q_tiles, queries + (long long)k0 * stride, stride, T - k0);
     load_tile<D, BN>(do_tiles, douts + (long long)k0 * C, C, T - k0);
-    load_statistics<BN>(lses, lse + k0, T - k0);
-    load_statistics<BN>(deltas, delta + k0, T - k0);
+    load_statistics<BN>(lses, lse + statistics + k0, T - k0);
+    load_statistics<BN>(deltas, delta + statistics + k0, T - k0);
     cp_async_commit();
     float dk[M][KEYS ? D / 8 : 1][4], dv[M][VALUES ? D / 8 : 1][4];
     clear(dk), clear(dv);
@@ -455,12 +462,13 @@ __device__ __forceinline__ void backward_keys(bf16 *dqkv, const bf16 *dout, cons
         if (next < T) {
             load_tile<D, BN>(q_tiles + (stage ^ 1) * OTHER, queries + (long long)next * stride, stride, T - next);
             load_tile<D, BN>(do_tiles + (stage ^ 1) * OTHER, douts + (long long)next * C, C, T - next);
-            load_statistics<BN>(lses + (stage ^ 1) * STATISTICS, lse + next, T - next);
-            load_statistics<BN>(deltas + (stage ^ 1) * STATISTICS, delta + next, T - next);
+            load_statistics<BN>(lses + (stage ^ 1) * STATISTICS, lse + statistics + next, T - next);
+            load_statistics<BN>(deltas + (stage ^ 1) * STATISTICS, delta + statistics + next, T - next);
             cp_async_commit();
         }
         if (q0 + BN > row0) { // else all of it is before these keys
             float s[M][BN / 8][4];
+            clear(s);
             multiply_rows<D, BN>(s, k, q_tiles + stage * OTHER);
             if (q0 < row0 + 16 * M - 1) {
 #pragma unroll
@@ -483,15 +491,21 @@ __device__ __forceinline__ void backward_keys(bf16 *dqkv, const bf16 *dout, cons
             if constexpr (VALUES) multiply_add<D, BN>(dv, s, do_tiles + stage * OTHER);
             if constexpr (KEYS) {
                 float dp[M][BN / 8][4];
-                multiply_rows<D, BN>(dp, v, do_tiles + stage * OTHER);
 #pragma unroll
                 for (int n = 0; n < BN / 8; n++) {
                     const float2 d = *(const float2 *)shared_at(deltas + stage * STATISTICS + 4 * (8 * n + 2 * t));
 #pragma unroll
                     for (int m = 0; m < M; m++)
 #pragma unroll
-                        for (int e = 0; e < 4; e++) s[m][n][e] *= dp[m][n][e] - (e % 2 ? d.y : d.x);
+                        for (int e = 0; e < 4; e++) dp[m][n][e] = e % 2 ? -d.y : -d.x;
                 }
+                multiply_rows<D, BN>(dp, v, do_tiles + stage * OTHER);
+#pragma unroll
+                for (int m = 0; m < M; m++)
+#pragma unroll
+                    for (int n = 0; n < BN / 8; n++)
+#pragma unroll
+                        for (int e = 0; e < 4; e++) s[m][n][e] *= dp[m][n][e];
                 multiply_add<D, BN>(dk, s, q_tiles + stage * OTHER);
             }
         }
