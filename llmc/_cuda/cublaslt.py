@@ -17,6 +17,8 @@ algorithm always gives the same bits for the same operands.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from ctypes import POINTER, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
 from functools import cache
 from typing import Any, NamedTuple
@@ -87,43 +89,55 @@ class Problem(NamedTuple):
         return f"{a} times {b}, epilogue {self.epilogue}, leading dimensions {self.lda}, {self.ldb}, {self.ldo}"
 
 
+class Library:
+    """libcublasLt: `call` by name, an error for each status that is not SUCCESS."""
+
+    def __init__(self, lib: ctypes.CDLL) -> None:
+        self.lib = lib
+        for name, argtypes in _SIGNATURES.items():
+            function = getattr(lib, name)
+            function.argtypes, function.restype = argtypes, c_int
+        lib.cublasLtGetStatusName.argtypes, lib.cublasLtGetStatusName.restype = [c_int], c_char_p
+        lib.cublasLtGetVersion.argtypes, lib.cublasLtGetVersion.restype = [], c_size_t
+
+    def call(self, name: str, *args: Any, about: object = "", allow: tuple[int, ...] = ()) -> int:
+        """DeviceError with the status's name and what it is `about`, unless the status is one to `allow`."""
+        status: int = getattr(self.lib, name)(*args)
+        if status != SUCCESS and status not in allow:
+            code = self.lib.cublasLtGetStatusName(status).decode()
+            raise DeviceError(f"{name}: {code}{f' for {about}' if about else ''}")
+        return status
+
+    def set(self, kind: str, descriptor: c_void_p, attribute: int, value: Any, about: object) -> None:
+        """Set an attribute of a descriptor of `kind`, MatmulDesc or MatmulPreference."""
+        name, what = f"cublasLt{kind}SetAttribute", f"attribute {attribute} of {about}"
+        self.call(name, descriptor, attribute, byref(value), ctypes.sizeof(value), about=what)
+
+    def version(self) -> str:
+        """Such as "13.1.0"."""
+        number = self.lib.cublasLtGetVersion()
+        return f"{number // 10000}.{number // 100 % 100}.{number % 100}"
+
+
+_SIGNATURES: dict[str, list[Any]] = {
+    "cublasLtCreate": [POINTER(c_void_p)],
+    "cublasLtMatmulDescCreate": [POINTER(c_void_p), c_int, c_int],
+    "cublasLtMatmulDescDestroy": [c_void_p],
+    "cublasLtMatmulDescSetAttribute": [c_void_p, c_int, c_void_p, c_size_t],
+    "cublasLtMatrixLayoutCreate": [POINTER(c_void_p), c_int, c_uint64, c_uint64, c_int64],
+    "cublasLtMatrixLayoutDestroy": [c_void_p],
+    "cublasLtMatmulPreferenceCreate": [POINTER(c_void_p)],
+    "cublasLtMatmulPreferenceDestroy": [c_void_p],
+    "cublasLtMatmulPreferenceSetAttribute": [c_void_p, c_int, c_void_p, c_size_t],
+    "cublasLtMatmulAlgoGetHeuristic": [c_void_p] * 7 + [c_int, POINTER(Algorithm), POINTER(c_int)],
+    "cublasLtMatmul": [c_void_p] * 14 + [c_size_t, c_void_p],
+}
+
+
 @cache
-def library() -> ctypes.CDLL:
-    """libcublasLt with the signatures of what is called here.  DeviceError where there is none."""
-    lib = driver.library("cublasLt", "nvidia-cublas")
-    pointers: dict[str, list[Any]] = {
-        "cublasLtCreate": [POINTER(c_void_p)],
-        "cublasLtDestroy": [c_void_p],
-        "cublasLtMatmulDescCreate": [POINTER(c_void_p), c_int, c_int],
-        "cublasLtMatmulDescDestroy": [c_void_p],
-        "cublasLtMatmulDescSetAttribute": [c_void_p, c_int, c_void_p, c_size_t],
-        "cublasLtMatrixLayoutCreate": [POINTER(c_void_p), c_int, c_uint64, c_uint64, c_int64],
-        "cublasLtMatrixLayoutDestroy": [c_void_p],
-        "cublasLtMatmulPreferenceCreate": [POINTER(c_void_p)],
-        "cublasLtMatmulPreferenceDestroy": [c_void_p],
-        "cublasLtMatmulPreferenceSetAttribute": [c_void_p, c_int, c_void_p, c_size_t],
-        "cublasLtMatmulAlgoGetHeuristic": [c_void_p] * 7 + [c_int, POINTER(Algorithm), POINTER(c_int)],
-        "cublasLtMatmul": [c_void_p] * 14 + [c_size_t, c_void_p],
-    }
-    for name, argtypes in pointers.items():
-        function = getattr(lib, name)
-        function.argtypes, function.restype = argtypes, c_int
-    lib.cublasLtGetStatusName.argtypes, lib.cublasLtGetStatusName.restype = [c_int], c_char_p
-    lib.cublasLtGetVersion.argtypes, lib.cublasLtGetVersion.restype = [], c_size_t
-    return lib
-
-
-def version() -> str:
-    """Such as "13.1.0"."""
-    number = library().cublasLtGetVersion()
-    return f"{number // 10000}.{number // 100 % 100}.{number % 100}"
-
-
-def _call(name: str, *args: Any, about: object = "") -> None:
-    status = getattr(library(), name)(*args)
-    if status != SUCCESS:
-        code = library().cublasLtGetStatusName(status).decode()
-        raise DeviceError(f"{name}: {code}{f' for {about}' if about else ''}")
+def library() -> Library:
+    """The library of this machine; DeviceError where there is none."""
+    return Library(driver.library("cublasLt", "nvidia-cublas"))
 
 
 def alignment(pointer: int) -> int:
@@ -134,11 +148,12 @@ def alignment(pointer: int) -> int:
 class Plan:
     """The descriptors of one `Problem`, and the algorithm once `choose` has found one."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, lib: Library, problem: Problem) -> None:
         p = self.problem = problem
+        self._lib = lib
         self.desc, self.A, self.B, self.D = c_void_p(), c_void_p(), c_void_p(), c_void_p()
         operands, result = TYPES[p.operands], TYPES[p.result]
-        _call("cublasLtMatmulDescCreate", byref(self.desc), p.compute, TYPES["float32"], about=p)
+        lib.call("cublasLtMatmulDescCreate", byref(self.desc), p.compute, TYPES["float32"], about=p)
         self._set(DESC_TRANSA, c_int32(OP_T if p.tb else OP_N))
         self._set(DESC_TRANSB, c_int32(OP_T if p.ta else OP_N))
         self._set(DESC_EPILOGUE, c_uint32(p.epilogue))
@@ -152,20 +167,17 @@ class Plan:
         for layout, dtype, shape, ld in (
             (self.A, operands, b, p.ldb), (self.B, operands, a, p.lda), (self.D, result, (p.N, p.M), p.ldo),
         ):  # fmt: skip
-            _call("cublasLtMatrixLayoutCreate", byref(layout), dtype, *shape, ld, about=p)
+            lib.call("cublasLtMatrixLayoutCreate", byref(layout), dtype, *shape, ld, about=p)
         self._pointers = (0, 0)
         self._algorithm: Algorithm | None = None
 
     def __del__(self) -> None:
         for layout in (self.A, self.B, self.D):
-            library().cublasLtMatrixLayoutDestroy(layout)
-        library().cublasLtMatmulDescDestroy(self.desc)
+            self._lib.lib.cublasLtMatrixLayoutDestroy(layout)
+        self._lib.lib.cublasLtMatmulDescDestroy(self.desc)
 
     def _set(self, attribute: int, value: Any) -> None:
-        _call(
-            "cublasLtMatmulDescSetAttribute", self.desc, attribute, byref(value), ctypes.sizeof(value),
-            about=f"attribute {attribute} of {self.problem}",
-        )  # fmt: skip
+        self._lib.set("MatmulDesc", self.desc, attribute, value, self.problem)
 
     def point(self, bias: int, aux: int) -> None:
         """Set the epilogue's pointers."""
@@ -176,30 +188,31 @@ class Plan:
                 self._set(DESC_AUX_POINTER, c_void_p(aux))
             self._pointers = (bias, aux)
 
-    def preference(self, workspace: int) -> c_void_p:
-        """What algorithms may use; to be destroyed by the caller."""
+    @contextmanager
+    def preference(self, workspace: int) -> Iterator[c_void_p]:
+        """A descriptor of what algorithms may use."""
         p, preference = self.problem, c_void_p()
-        _call("cublasLtMatmulPreferenceCreate", byref(preference))
-        for attribute, value in (
-            (PREF_WORKSPACE, c_uint64(workspace)), (PREF_REDUCTION, c_uint32(REDUCTION_COMPUTE_TYPE)),
-            (PREF_ALIGNMENT_A, c_uint32(p.align_b)), (PREF_ALIGNMENT_B, c_uint32(p.align_a)),
-            (PREF_ALIGNMENT_C, c_uint32(p.align_out)), (PREF_ALIGNMENT_D, c_uint32(p.align_out)),
-        ):  # fmt: skip
-            size = ctypes.sizeof(value)
-            _call("cublasLtMatmulPreferenceSetAttribute", preference, attribute, byref(value), size, about=p)
-        return preference
+        self._lib.call("cublasLtMatmulPreferenceCreate", byref(preference))
+        try:
+            for attribute, value in (
+                (PREF_WORKSPACE, c_uint64(workspace)), (PREF_REDUCTION, c_uint32(REDUCTION_COMPUTE_TYPE)),
+                (PREF_ALIGNMENT_A, c_uint32(p.align_b)), (PREF_ALIGNMENT_B, c_uint32(p.align_a)),
+                (PREF_ALIGNMENT_C, c_uint32(p.align_out)), (PREF_ALIGNMENT_D, c_uint32(p.align_out)),
+            ):  # fmt: skip
+                self._lib.set("MatmulPreference", preference, attribute, value, p)
+            yield preference
+        finally:
+            self._lib.lib.cublasLtMatmulPreferenceDestroy(preference)
 
     def choose(self, handle: c_void_p, workspace: int) -> bool:
         """Ask for the best algorithm with `workspace` bytes; False where the library has none.  `point` comes first,
         for the pointers' alignment counts."""
-        preference, found, count = self.preference(workspace), Algorithm(), c_int(0)
-        status = library().cublasLtMatmulAlgoGetHeuristic(
-            handle, self.desc, self.A, self.B, self.D, self.D, preference, 1, byref(found), byref(count)
-        )
-        library().cublasLtMatmulPreferenceDestroy(preference)
-        if status not in (SUCCESS, NOT_SUPPORTED, INVALID_VALUE):
-            code = library().cublasLtGetStatusName(status).decode()
-            raise DeviceError(f"cublasLtMatmulAlgoGetHeuristic: {code} for {self.problem}")
+        found, count = Algorithm(), c_int(0)
+        with self.preference(workspace) as preference:
+            status = self._lib.call(
+                "cublasLtMatmulAlgoGetHeuristic", handle, self.desc, self.A, self.B, self.D, self.D, preference, 1,
+                byref(found), byref(count), about=self.problem, allow=(NOT_SUPPORTED, INVALID_VALUE),
+            )  # fmt: skip
         if status == SUCCESS and count.value and found.state == SUCCESS:
             self._algorithm = found
         return self._algorithm is not None
@@ -208,7 +221,7 @@ class Plan:
         """Send the product to the stream; `choose` has found how."""
         algorithm, beta = self._algorithm, _ONE if self.problem.beta else _ZERO
         assert algorithm is not None
-        _call(
+        self._lib.call(
             "cublasLtMatmul", handle, self.desc, byref(_ONE), b, self.A, a, self.B, byref(beta), out, self.D, out,
             self.D, byref(algorithm), *workspace, stream, about=self.problem,
         )  # fmt: skip
@@ -226,7 +239,8 @@ class Multiplier:
     def __init__(self, workspace: tuple[int, int], stream: int) -> None:
         self._handle, self._workspace, self._stream = c_void_p(), workspace, stream
         self._plans: dict[Problem, Plan | None] = {}
-        _call("cublasLtCreate", byref(self._handle))
+        self._lib = library()
+        self._lib.call("cublasLtCreate", byref(self._handle))
 
     def declined(self) -> list[str]:
         """The products for which the library had no algorithm."""
@@ -256,7 +270,7 @@ class Multiplier:
         if problem in self._plans:
             plan = self._plans[problem]
         else:
-            plan = Plan(problem)
+            plan = Plan(self._lib, problem)
             plan.point(bias, aux)
             if not plan.choose(self._handle, self._workspace[1]):
                 plan = None

@@ -3,8 +3,9 @@
 cuBLASLt multiplies (`cublaslt.py`), or with `--gemm own` the kernels of `linear.cu`; all matrices are row-major here.
 What follows a product is done in the same kernel where that pays: a bias always; GELU and its derivative always in the
 own kernels, in cuBLASLt's in bf16 from Hopper on (its older ones and those of float32 are said to be slower than one
-more pass over the result); the gradient of a bias in cuBLASLt's product for dw, unless it accumulates, which the library
-cannot.  Products for which the library has no algorithm, as may be for odd sizes, the own kernels make: see `declined`.
+more pass over the result); the gradient of a bias in cuBLASLt's product for dw, unless it accumulates, which the
+library cannot.  Products for which the library has no algorithm, as may be for odd sizes, the own kernels make: see
+`declined`.
 """
 
 from __future__ import annotations
