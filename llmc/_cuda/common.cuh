@@ -54,7 +54,7 @@ constexpr int PACK = 16 / sizeof(floatX);
 // How memory is to be cached: as usual, or evicted first, for what is used once.
 enum class Use { AGAIN, ONCE };
 
-#define NOTHING make_uint4(0, 0, 0, 0)
+#define NOTHING make_uint4(0, 0, 0, 0) // 16 bytes of zeros
 
 template <Use USE> __device__ __forceinline__ uint4 load_16(const void *p) {
     if constexpr (USE == Use::ONCE)
@@ -101,6 +101,18 @@ template <int N, Use USE = Use::AGAIN, typename T> __device__ __forceinline__ vo
     } else {
 #pragma unroll
         for (int i = 0; i < N; i += WIDTH) unpack<T>(v + i, load_16<USE>(p + i));
+    }
+}
+
+// The same, or zeros: one predicated access, so that several can be on their way together.
+template <int N, Use USE = Use::AGAIN, typename T>
+__device__ __forceinline__ void load_if(float (&v)[N], const T *p, bool there) {
+    constexpr int WIDTH = 16 / sizeof(T);
+    if constexpr (N == 1) {
+        v[0] = there ? to_float(*p) : 0.0f;
+    } else {
+#pragma unroll
+        for (int i = 0; i < N; i += WIDTH) unpack<T>(v + i, there ? load_16<USE>(p + i) : NOTHING);
     }
 }
 

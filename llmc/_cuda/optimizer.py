@@ -78,5 +78,5 @@ def _check_spans(spans: Sequence[tuple[int, int, float]], n: int) -> None:
     end = 0
     for start, stop, _ in spans:
         if not end <= start <= stop <= n:
-            raise ValueError(f"spans: ({start}, {stop}) is not in order within {n} elements")
+            raise ValueError(f"spans: ({start}, {stop}) does not follow {end} within the {n} elements")
         end = stop
