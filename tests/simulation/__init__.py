@@ -27,7 +27,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 LIBRARIES = {
-    "libcuda.so.1": ("driver.cpp", "memory.cpp", "streams.cpp", "fibres.cpp"),
+    "libcuda.so.1": ("driver.cpp", "kernels.cpp", "memory.cpp", "streams.cpp", "fibres.cpp"),
     "libnvrtc.so.13": ("nvrtc.cpp",),
     "libcublasLt.so.13": ("cublaslt.cpp",),
 }
@@ -52,7 +52,7 @@ def compiler() -> str:
 def build() -> Path:
     """The folder of the three libraries, made when it is not there yet."""
     cxx = compiler()
-    sources = sorted([*FOLDER.glob("*.cpp"), *FOLDER.glob("*.h"), *FOLDER.glob("*.cuh")])
+    sources = sorted([Path(__file__), *FOLDER.glob("*.cpp"), *FOLDER.glob("*.h"), *FOLDER.glob("*.cuh")])
     version = subprocess.run([cxx, "--version"], capture_output=True, check=True).stdout
     parts = [str(FOLDER).encode(), version, *(text for path in sources for text in (path.name.encode(), path.read_bytes()))]
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]

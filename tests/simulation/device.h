@@ -1,5 +1,5 @@
-// The simulated GPU's state, and what its three parts share: driver.cpp (devices, contexts, kernels), memory.cpp
-// (allocations, copies) and streams.cpp (streams, events, capture, graphs).
+// The simulated GPU's state, and what its four parts share: driver.cpp (devices, contexts, errors), kernels.cpp
+// (modules, launches), memory.cpp (allocations, copies) and streams.cpp (streams, events, capture, graphs).
 //
 // Work runs when it is submitted; with SIMULATION_STREAMS=lazy it runs when somebody waits for it, as late as CUDA
 // allows, so that a missing wait shows.  A fault stays: all calls that need the context return it from then on.
@@ -108,6 +108,9 @@ int drain_all();
 int guarded(std::function<void()> work); // work of the device, whose faults are the device's
 int faulted(const Fault &fault);         // notes it; gives its code
 void forget_memory();
+void forget_modules();
+int capability();   // 90 for 9.0
+int shared_limit(); // of a block that asks for it
 bool pinned(const void *host, size_t bytes);
 
 // A call: holds the lock; `status` is what it must return at once, if not SUCCESS.

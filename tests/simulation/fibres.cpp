@@ -174,7 +174,7 @@ void *stack_top(int number) {
 void *fresh_stack(int number) {
     void **top = static_cast<void **>(stack_top(number));
     top = reinterpret_cast<void **>(reinterpret_cast<uintptr_t>(top) & ~uintptr_t(15));
-    *--top = nullptr;
+    *--top = nullptr, *--top = nullptr; // a call in simulation_begin must find it aligned to 16
     *--top = reinterpret_cast<void *>(&simulation_begin);
     for (int i = 0; i < 6; i++) *--top = nullptr;
     return top;
