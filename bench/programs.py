@@ -28,8 +28,8 @@ LAYERNORM_EPS = 1e-5
 STREAM_BYTES = 1 << 28  # what AdamW's stream goes through: more than any cache
 
 # What a process is told: `kind`, a key of PROGRAMS, `device`, `threads` and `dtype`, and but for the peaks `weights` (a
-# model file, for llmc also a preset), `seed`, `B`, `T`, `only_forward` (losses and nothing else) and `steps`, the number
-# of them in a turn: on a CPU one, on a GPU several, since what makes it fast is that they follow without a gap.  llmc
+# model file, for llmc also a preset), `seed`, `B`, `T`, `only_forward` (losses and nothing else) and `steps`: how many
+# there are in a turn, on a CPU one, on a GPU several, since what makes it fast is that they follow without a gap.  llmc
 # may be told `recompute` and `attention`, PyTorch `compiled`; PyTorch is told the model's `config`, `rows` ([name,
 # shape, layers] of each tensor in the file) and `recipe`, llmc's own.
 Settings = dict[str, Any]

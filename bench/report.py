@@ -33,9 +33,12 @@ DATASHEET = (
 )  # fmt: skip
 
 
-def datasheet(name: str) -> float | None:
-    """Dense bf16 FLOP/s that NVIDIA states for a GPU of this name; None for one that is not in the table."""
-    return next((rate for part, rate in DATASHEET if part in name), None)
+def datasheet(name: str, dtype: str = "bf16") -> float | None:
+    """Dense FLOP/s of tensor cores that NVIDIA states for a GPU of this name, in tf32 half of bf16's; None for fp32,
+    and for one that is not in the table."""
+    share = {"bf16": 1.0, "tf32": 0.5}.get(dtype)
+    rate = next((rate for part, rate in DATASHEET if part in name), None)
+    return None if share is None or rate is None else share * rate
 
 
 # ---- what could be ---------------------------------------------------------------------------------
@@ -90,7 +93,7 @@ def summary(measured: Measured, section: dict[str, Any], tokens: int, gpu: str =
     ratio = None
     if measured.ours is not None:
         ratio = float(np.median(steps / step_times(measured.ours, measured.warmup)))
-    known, stated = "peak" in section, datasheet(gpu)
+    known, stated = "peak" in section, datasheet(gpu, section.get("dtype", "bf16"))
     parts = {part: median_of(answers, part) for part in PARTS}
     return {
         "program": measured.name,

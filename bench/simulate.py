@@ -1,5 +1,5 @@
-"""With LLMC_TEST_CUDA=simulation the programs of this folder run on tests/simulation instead of a GPU: slowly, and to see
-that they run, since no time that they tell means anything then."""
+"""With LLMC_TEST_CUDA=simulation the programs of this folder run on tests/simulation instead of a GPU: slowly, and to
+see that they run, since no time that they tell means anything then."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ import argparse
 import json
 import math
 import os
+import select
 import shutil
 import subprocess
 import sys
@@ -49,6 +50,7 @@ LONG = 512  # tokens from which on activations are worth recomputing
 LARGEST_DIFFERENCE = 1e-4  # of two fp32 losses of the same step
 BF16_DIFFERENCE = 1e-2  # of a bf16 loss from fp32's: see bench/README.md
 TF32_DIFFERENCE = 2e-3  # of a tf32 loss from another program's
+LEAVING = 5.0  # seconds that writing results and ending programs may take
 TURN_FLOPS = 2e14  # that a GPU's turn holds, about half a second on an H100
 TOGETHER = 8  # times llmc's memory that all programs of a comparison take, PyTorch's logits in fp32 among it
 LONG_START = 15.0  # seconds; a start that took longer is not repeated
@@ -99,8 +101,8 @@ class ProgramFailed(Exception):
 class Worker:
     """A process of bench/programs.py.  Made, it has done step 0, and `start` says how many seconds that took."""
 
-    def __init__(self, name: str, settings: Settings, cache: Path) -> None:
-        self.name, self.settings = name, settings
+    def __init__(self, name: str, settings: Settings, cache: Path, until: float = math.inf) -> None:
+        self.name, self.settings, self.until = name, settings, until
         self.answers: list[dict[str, Any]] = []
         self.memory: dict[str, float] = {}
         # Compiled code of an earlier start would make this one look quicker than it is.
@@ -120,6 +122,10 @@ class Worker:
 
     def _receive(self) -> dict[str, Any]:
         assert self.process.stdout is not None
+        if math.isfinite(self.until):
+            left = max(0.0, self.until - time.monotonic())
+            if not select.select([self.process.stdout], [], [], left)[0]:
+                raise ProgramFailed(f"{self.name}: there was no time left for it")
         line = self.process.stdout.readline()
         if not line:
             raise ProgramFailed(f"{self.name} ended with status {self.process.wait()}")
@@ -164,6 +170,7 @@ class Run:
         self.args, self.threads, self.folder = args, threads, folder
         self.gpu = args.device != "cpu"
         self.gpu_name = gpu_name
+        self.until = args.began + args.seconds
 
     def machine(self, c: Configuration, dtype: str) -> Settings:
         """What every process is told."""
@@ -220,7 +227,7 @@ class Run:
         return ""
 
     def start(self, program: str, settings: Settings) -> Worker:
-        worker = Worker(program, settings, self.folder)
+        worker = Worker(program, settings, self.folder, self.until)
         say(f"  {program}: {worker.start:.1f} s to the end of its first step")
         return worker
 
@@ -238,7 +245,10 @@ def take_turns(run: Run, c: Configuration, dtype: str, programs: list[str], fail
                 workers.append(run.start(program, run.settings(program, c, dtype)))
             except ProgramFailed as error:
                 failures.append(str(error))
-        workers.append(Worker("peaks", {"kind": "peaks", **run.machine(c, dtype)}, run.folder))
+        try:
+            workers.append(Worker("peaks", {"kind": "peaks", **run.machine(c, dtype)}, run.folder, run.until))
+        except ProgramFailed as error:
+            failures.append(str(error))
 
         def each(workers: list[Worker], act: Callable[[Worker], float | None]) -> list[str]:
             told = []
@@ -251,11 +261,16 @@ def take_turns(run: Run, c: Configuration, dtype: str, programs: list[str], fail
                     workers.remove(worker)
             return told
 
+        took = LEAVING
         for number in range(1, run.args.warmup + c.rounds):
+            if number > run.args.warmup and time.monotonic() + took > run.until:
+                break  # with fewer rounds than were asked for, and not without a result
+            began = time.monotonic()
             workers[:] = workers[1:] + workers[:1]
             told = each(workers, lambda worker: worker.turn(number))  # noqa: B023  called at once
             what = f"round {number - run.args.warmup + 1}/{c.rounds}" if number >= run.args.warmup else "warm-up"
             say(f"  {what}: {', '.join(told)}")
+            took = time.monotonic() - began + LEAVING
         each(workers, lambda worker: worker.finish())
     finally:
         for worker in workers:
@@ -274,7 +289,8 @@ def repeat_starts(run: Run, c: Configuration, workers: list[Worker], failures: l
         starts["llmc random"] = []
     for _ in range(run.args.starts):
         for program, seconds in starts.items():
-            if len(seconds) < run.args.starts and max(seconds, default=0.0) <= LONG_START:
+            wanted = len(seconds) < run.args.starts and max(seconds, default=0.0) <= LONG_START
+            if wanted and time.monotonic() < run.until:
                 try:
                     worker = run.start(program, settings[program])
                     worker.finish()
@@ -338,6 +354,7 @@ def measure(run: Run, c: Configuration, dtype: str, fp32_losses: list[float] | N
         return section
     section["starts"] = repeat_starts(run, c, trained, failures)
     config = preset(c.init)
+    section["rounds"] = min(len(worker.answers) for worker in trained) - run.args.warmup
     section |= report.ceiling(config, c.B, c.T, dtype, peaks, only_forward=run.args.only_forward)
     for group, rows in ((groups[0], trained), (groups[-1], block)):
         ours = next((worker.answers for worker in group if worker.name == "llmc"), None)
@@ -372,6 +389,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1 ... (cpu)")
     parser.add_argument("--attention", metavar="NAME", help="llmc's on a GPU: own or cudnn (cudnn where installed)")
     parser.add_argument("--turn", type=int, default=0, metavar="N", help="steps of a turn on a GPU (half a second's)")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, metavar="N",
+        help="after which no round begins; the results so far are given (no limit)",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and tokens (0)")
     parser.add_argument("--json-out", type=Path, metavar="FILE", help="results, written after each configuration")
     report.add_output_options(parser)
@@ -382,6 +403,7 @@ def arguments() -> argparse.Namespace:
     if kind == "cpu" and (args.only_forward or args.attention or args.turn):
         parser.error("--only-forward, --attention and --turn are for GPUs")
     args.configs, args.dtypes = args.configs or CONFIGURATIONS[kind], args.dtypes or DTYPES[kind]
+    args.began = time.monotonic()
     args.programs_given = args.programs is not None
     args.programs = (args.programs or ",".join(PROGRAMS)).split(",")
     args.dtypes = args.dtypes.split(",")
@@ -417,6 +439,9 @@ def main() -> None:
         for c in args.configs:
             fp32_losses = None
             for dtype in args.dtypes:
+                if time.monotonic() > run.until:
+                    say(f"{c.name} {dtype}: no time was left")
+                    continue
                 section = measure(run, c, dtype, fp32_losses)
                 if dtype == "fp32":
                     fp32_losses = section["losses"].get("llmc")

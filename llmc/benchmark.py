@@ -72,7 +72,7 @@ class Settings:
     # (): for kernels all that this CPU has (shared ones once), for training the best.  "cuda" among them is the GPU,
     # which needs no name where the device is one; alone it leaves the CPU out.
     isas: tuple[str, ...] = ()
-    only: str = ""  # ops whose name holds this
+    only: str = ""  # ops whose name holds this, or one of several, separated by commas
     threads: int | None = None
     warmup: int = 1  # calls before each turn; steps before the first
     repeats: int = 15  # turns
@@ -173,7 +173,7 @@ def kernels(settings: Settings, progress: Progress = _silent) -> list[KernelRow]
     `settings.isas` names it, nothing but products in bf16 is measured on it.
     """
     rows = [] if settings.cpu is None else _cpu_kernels(settings.cpu, progress)
-    return rows + (_gpu_kernels(settings, progress) if settings.gpu else [])
+    return rows + (list(gpu_kernels(settings, progress)) if settings.gpu else [])
 
 
 def _cpu_kernels(settings: Settings, progress: Progress) -> list[KernelRow]:
@@ -198,7 +198,7 @@ def _wanted(backend: Any, settings: Settings, config: Config, dtype: str, progre
     backend.reserve(**workspace(config, max(settings.batch_sizes), max(settings.sequence_lengths)))
     for B, T in itertools.product(settings.batch_sizes, settings.sequence_lengths):
         for case in cases(backend, config, B, T, dtype):
-            if settings.only in case.op:
+            if any(part in case.op for part in settings.only.split(",")):
                 progress(f"{case.op} {case.shape} {dtype}")
                 yield case
             del case
@@ -232,9 +232,9 @@ def _take_turns(case: Case, isas: Sequence[str], settings: Settings, memory: Arr
 # ---- kernels of a GPU ------------------------------------------------------------------------------
 
 
-def _gpu_kernels(settings: Settings, progress: Progress) -> list[KernelRow]:
+def gpu_kernels(settings: Settings, progress: Progress = _silent) -> Iterator[KernelRow]:
     """Every op on the GPU, in each type; what has no products is the same in fp32 and tf32."""
-    rows, config = [], preset(settings.init)
+    config = preset(settings.init)
     stored: set[str] = set()
     for dtype in settings.dtypes:
         backend: Any = ops.load(settings.device, dtype=dtype)
@@ -243,14 +243,13 @@ def _gpu_kernels(settings: Settings, progress: Progress) -> list[KernelRow]:
         for case in _wanted(backend, settings, config, dtype, progress):
             if case.cost.products or storage not in stored:
                 ops.load(settings.device, dtype=dtype, attention="own")
-                rows.append(_gpu_row(backend, case, settings, memory, GPU))
+                yield _gpu_row(backend, case, settings, memory, GPU)
                 if fast == CUDNN and case.op in ("attention_forward", "attention_backward"):
                     ops.load(settings.device, dtype=dtype, attention=CUDNN)
-                    rows.append(_gpu_row(backend, case, settings, memory, CUDNN))
+                    yield _gpu_row(backend, case, settings, memory, CUDNN)
             del case
         stored.add(storage)
         del memory
-    return rows
 
 
 def _gpu_row(backend: Any, case: Case, settings: Settings, memory: Array, name: str) -> KernelRow:

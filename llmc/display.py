@@ -222,10 +222,16 @@ def profile_lines(profile: Profile) -> list[str]:
         )
     for part, seconds in (*profile.parts.items(), ("outside ops", profile.outside)):
         lines.append(f"{part:<41} {share(seconds)}")
-    names = {"fma": "fp32 multiply-adds", "dot": "bf16 dot products"}
-    peaks = ", ".join(f"{names[name]} {value / 1e9:.1f} GFLOP/s" for name, value in profile.peaks.items())
+    names = {
+        "fma": "fp32 multiply-adds", "dot": "bf16 dot products", "product": "a large product", "copy": "a copy",
+    }  # fmt: skip
+    peaks = ", ".join(
+        f"{names[name]} {value / 1e9:.1f} {'GB/s' if name == 'copy' else 'GFLOP/s'}"
+        for name, value in profile.peaks.items()
+    )
     if peaks:
-        lines.append(f"peaks, medians of this run: {peaks}; for GB/s, a stream with the op's own traffic")
+        stream = "" if "copy" in profile.peaks else "; for GB/s, a stream with the op's own traffic"
+        lines.append(f"peaks, medians of this run: {peaks}{stream}")
     return lines
 
 
@@ -301,12 +307,12 @@ OPTIONAL = {
     "transformers": "tests",
     "tiktoken": "the gpt2 tokenizer",
     "matplotlib": "llmc bench --plot",
-    "pycuda": "NVIDIA GPUs, not in this version",
 }
 
 
 def print_info(stream: TextIO, device: str = "cpu", isa: str | None = None, threads: int | None = None) -> None:
-    """Version, processor, what of it is in use, and which optional packages are there (without importing them)."""
+    """Version, processor, what of it is in use, the GPU and what it takes, and which optional packages are there
+    (without importing them).  With a GPU as `device` also its settings; DeviceError where it is not to be had."""
     import platform
     from importlib.metadata import PackageNotFoundError, version
 
@@ -317,12 +323,16 @@ def print_info(stream: TextIO, device: str = "cpu", isa: str | None = None, thre
         "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "processor": machine.processor(),
     }
-    info = ops.load(device, isa=isa, threads=threads).info()
+    gpu = {} if device == "cpu" else ops.load(device).info()
+    info = ops.load("cpu", isa=isa, threads=threads).info()
     rows["instruction set"] = f"{info['isa']} in use; {', '.join(info['isas'])} available"
     rows["bf16 products"] = "one instruction per pair" if info["bf16_products"] else "rounded, multiplied in fp32"
     rows["threads"] = str(info["threads"])
     rows["waiting threads"] = info["waiting"]
     rows["OpenMP"] = f"specification {info['openmp']}" if info["openmp"] else "built without: one thread"
+    rows |= ops.found()
+    if gpu:
+        rows["device"] = f"{device}: {gpu['dtype']}, products by {gpu['gemm']}"
     for name in ("numpy", *OPTIONAL):
         try:
             found = version(name)

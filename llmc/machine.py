@@ -34,6 +34,18 @@ def facts(backend: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def gpu_facts(backend: Mapping[str, Any]) -> dict[str, Any]:
+    """What a GPU's figure must be read with, from its backend's `info`."""
+    return {
+        "GPU": backend["name"],
+        "driver": backend["driver"],
+        "compiler": backend["compiler"],
+        "gemm": backend["gemm"],
+        "attention": backend["attention"],
+        "pycuda": installed("pycuda"),
+    }
+
+
 def processor() -> str:
     """The processor's name, as the system tells it."""
     try:

@@ -279,6 +279,13 @@ class Ops(Protocol):
         """
 
 
+def found() -> dict[str, str]:
+    """For people: what a GPU takes, and what of it this machine has, or why not.  Needs none of it."""
+    from llmc import _cuda
+
+    return _cuda.found()
+
+
 def load(
     device: str = "cpu", *, isa: str | None = None, threads: int | None = None, dtype: str | None = None,
     gemm: str | None = None, attention: str | None = None,

@@ -142,7 +142,7 @@ def test_pytorch_sees_what_llmc_sees(tmp_path: Path) -> None:
 @pytest.mark.heavy
 def test_pytorch_meets_no_kernels(tmp_path: Path, training: Any) -> None:
     """Two OpenMP runtimes in one process would get in each other's way."""
-    args = SimpleNamespace(seed=0, device="cpu", only_forward=False, attention=None, turn=0)
+    args = SimpleNamespace(seed=0, device="cpu", only_forward=False, attention=None, turn=0, began=0.0, seconds=0.0)
     shared = training.Run(args, 1, tmp_path)
     settings = shared.settings("eager", training.Configuration("tiny", 2, 8, 1), "fp32")
     program = (

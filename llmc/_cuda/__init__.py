@@ -13,6 +13,7 @@ import numpy as np
 
 from llmc._cuda import compiler, cublaslt, device
 from llmc._cuda.device import elapsed, empty, fetch, memory, stamp
+from llmc._cuda.found import found
 from llmc._cuda.graphs import record
 from llmc.errors import ConfigError, DeviceError
 
@@ -29,9 +30,13 @@ _MODULES = {
     "linear": ("linear_forward", "linear_backward", "linear_gelu_forward", "gelu_linear_backward"),
     "norm": ("layernorm_forward", "layernorm_backward", "residual_layernorm_forward"),
     "optimizer": ("global_norm", "clip_scale", "adamw_step"),
+    "peak": ("cache_nbytes", "measure_copy", "measure_product", "peak_nbytes", "product"),
     "philox": ("normal",),
 }
-__all__ = ["configure", "elapsed", "empty", "fetch", "info", "memory", "record", "reserve", "stamp", "workspace_nbytes"]
+__all__ = [
+    "configure", "elapsed", "empty", "fetch", "found", "info", "memory", "record", "reserve", "stamp",
+    "workspace_nbytes",
+]  # fmt: skip
 
 _loaded = {
     name: importlib.import_module(f"llmc._cuda.{name}")
