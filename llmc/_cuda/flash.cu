@@ -19,7 +19,6 @@
 // another multiplies. Larger heads halve M, BN, or both.
 
 #include "common.cuh"
-#include "ptx.cuh"
 
 namespace {
 
