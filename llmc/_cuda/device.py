@@ -4,8 +4,8 @@ There are two streams.  Ops run in the compute stream, in the order of their cal
 copy stream while ops run (`transfer.py`).  Everything that belongs to the context hangs on one object, `_Opened`, so
 that closing drops it all: kernels, staging, workspace.
 
-A fault of a kernel shows late, in whatever asks the driver next, and ends the context: `fault` says so, naming the op
-if each was waited for (LLMC_CUDA_CHECK=1, and every first run of a recording).
+A fault of a kernel shows late, in whatever asks the driver next, and ends all use of CUDA in this process: `fault` says
+so, naming the op if each was waited for (LLMC_CUDA_CHECK=1, and every first run of a recording).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ gemm = "cublaslt"
 attention = "own"
 
 _opened: _Opened | None = None
-_lost = ""  # why there is none any more
+_lost = ""  # why there will be none any more in this process
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -69,8 +69,6 @@ class _Opened:
         self.context = self.gpu.retain_primary_context()
         self.context.push()
         self.home = get_ident()  # the thread where the context is current
-        non_blocking = 1  # CU_STREAM_NON_BLOCKING: nobody's default stream holds ours up
-        self.compute, self.copy = cuda.Stream(non_blocking), cuda.Stream(non_blocking)
         self.functions: dict[Any, Any] = {}  # kernels, by whatever `compiler.Kernel` finds them with
         self.dead: list[Callable[[], None]] = []  # what frees memory and graphs, to be called when that is possible
         self.recent: collections.deque[str] = collections.deque(maxlen=16)  # ops, for the message of a fault
@@ -80,8 +78,13 @@ class _Opened:
         self.capturing = False
         self.workspace: Memory | None = None
         self.library: Memory | None = None
-        self.staging: transfer.Staging | None = None
-        self.fetches: transfer.Fetches | None = None
+
+    def begin(self) -> None:
+        """Make what lives in the context."""
+        non_blocking = 1  # CU_STREAM_NON_BLOCKING: nobody's default stream holds ours up
+        self.compute, self.copy = self.cuda.Stream(non_blocking), self.cuda.Stream(non_blocking)
+        self.staging = transfer.Staging(self.cuda, self.compute, self.copy)
+        self.fetches = transfer.Fetches(self.cuda, self.compute)
 
     def discard(self, free: Callable[[], None]) -> None:
         """Call `free` once no op needs any more what it frees: at once, or after a capture, or on the right thread."""
@@ -181,19 +184,22 @@ def _dotted(version: Sequence[int]) -> str:
 
 def open_gpu(index: int) -> None:
     """Take GPU `index` into use, once per process; errors as in `ops.load`."""
-    global _opened, _lost
+    global _opened
+    if _lost:
+        raise DeviceError(_lost)
     if _opened is not None:
         if _opened.index != index:
             raise DeviceError(f"cuda:{index}: this process uses cuda:{_opened.index}, and a process uses one GPU")
         return
     _opened = opened = _Opened(index)
-    _lost = ""
     try:
-        opened.staging = transfer.Staging(opened.cuda, opened.compute, opened.copy)
-        opened.fetches = transfer.Fetches(opened.cuda, opened.compute)
-    except opened.errors as error:
+        opened.begin()
+    except opened.cuda.MemoryError as error:
         close()
         raise DeviceMemoryError(f"cuda:{index} ({opened.name}) has no memory left to begin with: {error}") from error
+    except opened.errors as error:
+        close()
+        raise DeviceError(f"cuda:{index} ({opened.name}) cannot be used: {error}") from error
     except BaseException:
         close()
         raise
@@ -285,7 +291,7 @@ def fault(name: str, error: Exception) -> DeviceError:
             "with LLMC_CUDA_CHECK=1 the message names the op"
         )
     close()
-    _lost = f"the GPU was given up after this error: {message}"
+    _lost = f"the GPU is out of this process's reach since this error: {message}"
     return DeviceError(message)
 
 
@@ -463,7 +469,6 @@ def _assign_values(x: DeviceArray, values: Any) -> None:
         return
     if host.ndim or not _fill(x, host.astype(x.dtype).tobytes()):
         not_captured("x[...] = values")
-        assert opened.staging is not None
         opened.staging.send(x.ptr, spread.reshape(-1), x.dtype)
 
 
@@ -589,14 +594,13 @@ def fetch(x: DeviceArray) -> Callable[[], np.ndarray[Any, Any]]:
         raise TypeError(f"x: expected an array of the GPU, got {type(x).__name__}")
     if not x.flags.c_contiguous:
         raise ValueError("x: must be C-contiguous")
-    assert opened.fetches is not None
     wait = opened.fetches.begin(x.ptr, x.shape, x.dtype)
 
     def fetched() -> np.ndarray[Any, Any]:
         not_captured("waiting for what was fetched")
         if opened is not _opened:
             _the()
-            raise DeviceError("fetch: the GPU was closed in between")
+            raise DeviceError("fetch: the GPU has been closed since")
         return wait()
 
     return op(fetched, "fetch")

@@ -38,7 +38,8 @@ class Recording:
 
     def __init__(self, function: Callable[[], None]) -> None:
         self._function = function
-        self.name = getattr(function, "__name__", type(function).__name__)
+        named = getattr(function, "func", function)  # of a partial
+        self.name = getattr(named, "__qualname__", type(named).__name__)
         self.conditions: list[Callable[[], None]] = []
         self.nodes = 0  # launches and copies in the graph
         self._ran = False
