@@ -18,7 +18,7 @@ from test_attention import HEAVY as HEAVY_ATTENTION
 from test_attention import SHAPES as ATTENTION
 from test_attention import backward_bound, forward_bounds, join, split, weights
 from test_gpt2 import batch, build, gradients, norm_ratio
-from test_linear import HEAVY, SHAPES, backward_bounds, product_bound
+from test_linear import GELU_SHAPES, HEAVY, SHAPES, backward_bounds, gelu_linear_bounds, product_bound
 
 from llmc import gpt2
 from llmc.adamw import AdamW
@@ -149,6 +149,19 @@ def test_linear_backward(
     dw, db = floats(rng, N, K), floats(rng, N)
     bounds = backward_bounds(dw, db, dout, x, w, accumulate)
     check(ops_bf16, "linear_backward", (blank(B, T, K), dw, db, dout, x, w, accumulate), bounds)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("B, T, K, N", GELU_SHAPES)
+def test_gelu_linear_backward(
+    ops_bf16: ModuleType, rng: Generator, B: int, T: int, K: int, N: int, shared: bool
+) -> None:
+    """Only the product is of bf16: GELU's slope is taken at pre as it is."""
+    pre, w, dout = floats(rng, B, T, K, scale=2), numbers(rng, N, K), numbers(rng, B, T, N)
+    dw, db, x = floats(rng, N, K), floats(rng, N), numbers(rng, B, T, K)
+    bounds = gelu_linear_bounds(dw, db, dout, pre, x, w, shared)
+    values = (blank(B, T, K), dw, db, dout, pre, x, w, shared)
+    check(ops_bf16, "gelu_linear_backward", values, bounds, {"dpre": "x"} if shared else {})
 
 
 @pytest.mark.parametrize("B, T, H, width", ATTENTION + HEAVY_ATTENTION)
