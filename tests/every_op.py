@@ -17,7 +17,8 @@ import sys
 from typing import Any
 
 import numpy as np
-from guard import OUTPUTS, Array, Sizes, example, expect, names
+from guard import OUTPUTS, Arguments, Sizes, example, expect, names
+from on_device import stored
 
 from llmc import ops
 
@@ -28,30 +29,18 @@ SHAPES = (
     Sizes(B=1, T=130, C=256, H=2, N=64, V=300, Vp=384, maxT=130),
     Sizes(B=1, T=33, C=256, H=1, N=768, V=257, Vp=384, maxT=64),
 )
-SINGLE = {"mean", "rstd", "lse", "losses", "m", "v"}  # float32 whatever the storage type
 LIMITS = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 3e-2}  # of the norm of each output
 
 
-def on_device(backend: Any, op: str, name: str, value: Array) -> Any:
-    """A copy of an argument on the device."""
-    storage = backend.info()["storage"]
-    single = name in SINGLE or (op == "adamw_step" and name == "w")  # the masters
-    dtype = storage if value.dtype == np.float32 and not single else value.dtype.name
-    array = backend.empty(value.shape, dtype)
-    array[...] = value
-    return array
-
-
-def run(backend: Any, op: str, arguments: dict[str, Any], limit: float) -> None:
+def run(backend: Any, op: str, arguments: Arguments, limit: float) -> None:
     """One call, compared with the reference of the arguments as the device has them."""
-    given = {
-        name: on_device(backend, op, name, value) if isinstance(value, np.ndarray) else value
-        for name, value in arguments.items()
-    }
-    seen = {
-        name: np.asarray(given[name]).astype(value.dtype) if isinstance(value, np.ndarray) else value
-        for name, value in arguments.items()
-    }
+    storage = backend.info()["storage"]
+    given, seen = dict(arguments), dict(arguments)
+    for name, value in arguments.items():
+        if isinstance(value, np.ndarray):
+            given[name] = backend.empty(value.shape, storage if stored(op, name, arguments) else value.dtype.name)
+            given[name][...] = value
+            seen[name] = np.asarray(given[name]).astype(value.dtype)
     expected = expect(op, seen)
     getattr(backend, op)(*(given[name] for name in names(op)))
     for name, exact in expected.items():
