@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Iterable
 from dataclasses import asdict
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -310,9 +310,13 @@ OPTIONAL = {
 }
 
 
-def print_info(stream: TextIO, device: str = "cpu", isa: str | None = None, threads: int | None = None) -> None:
+def print_info(stream: TextIO, device: str = "cpu", **settings: Any) -> None:
     """Version, processor, what of it is in use, the GPU and what it takes, and which optional packages are there
-    (without importing them).  With a GPU as `device` also its settings; DeviceError where it is not to be had."""
+    (without importing them).
+
+    `settings` are those of `ops.load`.  With a GPU as `device` they are shown too; DeviceError where it is not to be
+    had.
+    """
     import platform
     from importlib.metadata import PackageNotFoundError, version
 
@@ -323,8 +327,8 @@ def print_info(stream: TextIO, device: str = "cpu", isa: str | None = None, thre
         "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "processor": machine.processor(),
     }
-    gpu = {} if device == "cpu" else ops.load(device).info()
-    info = ops.load("cpu", isa=isa, threads=threads).info()
+    gpu = {} if device == "cpu" else ops.load(device, **settings).info()
+    info = ops.load("cpu", **({} if gpu else settings)).info()
     rows["instruction set"] = f"{info['isa']} in use; {', '.join(info['isas'])} available"
     rows["bf16 products"] = "one instruction per pair" if info["bf16_products"] else "rounded, multiplied in fp32"
     rows["threads"] = str(info["threads"])
@@ -332,7 +336,7 @@ def print_info(stream: TextIO, device: str = "cpu", isa: str | None = None, thre
     rows["OpenMP"] = f"specification {info['openmp']}" if info["openmp"] else "built without: one thread"
     rows |= ops.found()
     if gpu:
-        rows["device"] = f"{device}: {gpu['dtype']}, products by {gpu['gemm']}"
+        rows["in use"] = f"{device}, {gpu['dtype']}; products: {gpu['gemm']}; attention: {gpu['attention']}"
     for name in ("numpy", *OPTIONAL):
         try:
             found = version(name)
