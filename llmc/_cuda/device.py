@@ -327,9 +327,9 @@ class DeviceArray:
         """A view, of no axes where every axis has an index."""
         keys = key if isinstance(key, tuple) else (key,)
         for part in keys:
-            if part is not Ellipsis and not isinstance(part, slice) and (
-                isinstance(part, bool) or not hasattr(part, "__index__") or np.ndim(part)
-            ):
+            if part is None or part is Ellipsis or isinstance(part, slice):
+                continue
+            if isinstance(part, bool) or not hasattr(part, "__index__") or np.ndim(part):
                 raise TypeError(f"an array of the GPU is indexed with integers and slices, not {part!r}")
         if Ellipsis not in keys:
             keys = (*keys, Ellipsis)  # NumPy would read the value itself where no axis is left
