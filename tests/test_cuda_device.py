@@ -48,8 +48,8 @@ def test_empty(cuda: ModuleType, shape: tuple[int, ...], dtype: str) -> None:
 
 
 KEYS = [
-    0, -1, slice(1, 3), (1, 2), (1, slice(None), 3), (slice(0, 1), slice(2, 4)), ..., (..., 0), (2, 3, 4), (-1, ..., 1), None,
-    (0, None, 1),
+    0, -1, slice(1, 3), (1, 2), (1, slice(None), 3), (slice(0, 1), slice(2, 4)), ..., (..., 0), (2, 3, 4), (-1, ..., 1),
+    None, (0, None, 1),
 ]  # fmt: skip
 
 
