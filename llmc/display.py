@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -120,7 +120,7 @@ class Display:
             rows["val batches"] = "unlimited" if event.val_batches is None else f"{event.val_batches:,}"
         rows["updates"] = f"{event.steps:,}, {config.schedule} learning rate {config.lr:g}"
         backend = event.backend
-        rows["device"] = f"{config.device}, {backend['isa']}, {backend['dtype']}, threads: {backend['threads']}"
+        rows["device"] = f"{config.device}, {_computing(backend, event.model.channels // event.model.num_heads)}"
         for name, value in rows.items():
             self.line(f"{name:<16} {value}")
         self.line()
@@ -233,6 +233,15 @@ def profile_lines(profile: Profile) -> list[str]:
         stream = "" if "copy" in profile.peaks else "; for GB/s, a stream with the op's own traffic"
         lines.append(f"peaks, medians of this run: {peaks}{stream}")
     return lines
+
+
+def _computing(backend: Mapping[str, Any], head_size: int) -> str:
+    """What a model with heads of so many channels is computed with."""
+    if backend["device"] != "cuda":
+        return f"{backend['isa']}, {backend['dtype']}, threads: {backend['threads']}"
+    own = "own flash kernels" if head_size in backend["flash_heads"] else "own simple kernels"
+    attention = own if backend["attention"] == "own" else backend["attention"]
+    return f"{backend['name']}, {backend['dtype']}; products: {backend['gemm']}; attention: {attention}"
 
 
 class Transfer:

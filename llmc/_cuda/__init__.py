@@ -147,6 +147,7 @@ def info() -> dict[str, Any]:
         "ahead": 1,
         "gemm": device.gemm,
         "attention": device.attention,
+        "flash_heads": tuple(attention.FLASH) if device.storage.name == "bfloat16" else (),
         "compiler": compiler.find().name,
     }
 
