@@ -27,6 +27,15 @@ def filled(values: Any, dtype: str = "float32") -> DeviceArray:
     return x
 
 
+@pytest.fixture(params=["eager", "lazy"])
+def streams(cuda: ModuleType, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """When a simulated GPU does what it is asked to: at once, or not before somebody waits for it."""
+    device.synchronize()
+    monkeypatch.setenv("SIMULATION_STREAMS", request.param)
+    yield request.param
+    device.synchronize()
+
+
 def free(cuda: ModuleType) -> int:
     """Bytes that are free once all garbage is gone."""
     gc.collect()
@@ -150,7 +159,7 @@ def test_bfloat16_is_rounded_to_nearest(cuda: ModuleType, rng: np.random.Generat
 
 
 @pytest.mark.parametrize("extra", [-1, 0, 1, 12345])
-def test_large_arrays_go_in_parts(cuda: ModuleType, rng: np.random.Generator, extra: int) -> None:
+def test_large_arrays_go_in_parts(cuda: ModuleType, streams: str, rng: np.random.Generator, extra: int) -> None:
     """Around the size of a slot, and several times around the ring."""
     for slots in (1, transfer.SLOTS, 2 * transfer.SLOTS + 1):
         values = rng.integers(256, size=slots * transfer.SLOT_NBYTES + extra, dtype=np.uint8)
@@ -158,7 +167,7 @@ def test_large_arrays_go_in_parts(cuda: ModuleType, rng: np.random.Generator, ex
         np.testing.assert_array_equal(np.asarray(x), values)
 
 
-def test_the_hosts_memory_is_free_at_once(cuda: ModuleType) -> None:
+def test_the_hosts_memory_is_free_at_once(cuda: ModuleType, streams: str) -> None:
     """More writes than slots, each from the same memory, in the order of the calls."""
     host, arrays = np.empty(1000, np.int32), []
     last = cuda.empty((1000,), "int32")
@@ -173,7 +182,7 @@ def test_the_hosts_memory_is_free_at_once(cuda: ModuleType) -> None:
     assert (np.asarray(last) == 3 * transfer.SLOTS - 1).all()
 
 
-def test_assignment_in_stream_order(cuda: ModuleType) -> None:
+def test_assignment_in_stream_order(cuda: ModuleType, streams: str) -> None:
     """A write is seen by what is called after it, not by what was called before."""
     x, seen = cuda.empty((4,), "float32"), [cuda.empty((4,), "float32") for _ in range(20)]
     for i, out in enumerate(seen):
@@ -184,7 +193,7 @@ def test_assignment_in_stream_order(cuda: ModuleType) -> None:
         assert np.asarray(out).tolist() == [i, i + 1, i + 2, i + 3]
 
 
-def test_from_another_array(cuda: ModuleType) -> None:
+def test_from_another_array(cuda: ModuleType, streams: str) -> None:
     x, y = filled(np.arange(6).reshape(2, 3)), cuda.empty((2, 3), "float32")
     y[...] = x
     x[...] = 0
@@ -200,8 +209,8 @@ def test_from_another_array(cuda: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64", "int32"])
-@pytest.mark.parametrize("size", [0, 1, 1000, transfer.FETCH_NBYTES // 4 + 1])
-def test_fetch(cuda: ModuleType, dtype: str, size: int) -> None:
+@pytest.mark.parametrize("size", [0, 1, 1000, transfer.FETCH_NBYTES // 2 + 1])
+def test_fetch(cuda: ModuleType, streams: str, dtype: str, size: int) -> None:
     x = filled(np.arange(size) % 100, dtype)
     get = cuda.fetch(x)
     x[...] = -1
@@ -211,7 +220,7 @@ def test_fetch(cuda: ModuleType, dtype: str, size: int) -> None:
     np.testing.assert_array_equal(get(), values)
 
 
-def test_sixteen_more_may_be_fetched(cuda: ModuleType) -> None:
+def test_sixteen_more_may_be_fetched(cuda: ModuleType, streams: str) -> None:
     """The contract's number, and an error where an early one would be looked at too late."""
     x = filled([0.0])
     first = cuda.fetch(x)
@@ -228,7 +237,7 @@ def test_sixteen_more_may_be_fetched(cuda: ModuleType) -> None:
         late()
 
 
-def test_time(cuda: ModuleType) -> None:
+def test_time(cuda: ModuleType, streams: str) -> None:
     begin = cuda.stamp()
     filled(np.zeros(1 << 20))
     end = cuda.stamp()

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_cuda_device import filled, free
+from test_cuda_device import filled, free, streams  # noqa: F401 - a fixture
 
 from llmc._cuda import check, compiler, device
 from llmc._cuda.compiler import Kernel
@@ -209,6 +209,7 @@ def test_place_of_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 # ---- recordings ------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("streams")
 def test_record(cuda: ModuleType) -> None:
     """The first two calls run the function, later ones replay what it did, with the values of then."""
     x, out, calls = filled([1.0, 2.0]), cuda.empty((2,), "float32"), []
@@ -227,6 +228,7 @@ def test_record(cuda: ModuleType) -> None:
     assert step.nodes == 1
 
 
+@pytest.mark.usefixtures("streams")
 def test_record_kernels(cuda: ModuleType, folder: Path) -> None:
     """Arguments are those of the capture; the order is that of the calls."""
     x, scratch, add = filled([1.0, 2.0]), cuda.empty((2,), "float32"), Kernel("own", "add", "PPPifdq")
@@ -243,6 +245,7 @@ def test_record_kernels(cuda: ModuleType, folder: Path) -> None:
     assert not np.asarray(scratch).any() and step.nodes == 3
 
 
+@pytest.mark.usefixtures("streams")
 def test_two_recordings(cuda: ModuleType) -> None:
     x, y = filled([1.0]), filled([2.0])
     out = cuda.empty((1,), "float32")
@@ -254,6 +257,7 @@ def test_two_recordings(cuda: ModuleType) -> None:
         assert np.asarray(out).tolist() == [2]
 
 
+@pytest.mark.usefixtures("streams")
 def test_a_recording_holds_its_arrays(cuda: ModuleType) -> None:
     out = cuda.empty((4,), "float32")
     before = free(cuda)
