@@ -11,7 +11,6 @@ the parts printed is in the .log beside it.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
 import re
@@ -27,6 +26,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from simulate import simulate, simulated
 
 from llmc import ops
 
@@ -61,7 +62,7 @@ class Run:
     def __init__(self, mode: str, out: Path, began: float, seconds: float, folder: Path) -> None:
         self.mode, self.out, self.folder = mode, out, folder
         self.began, self.until = began, began + seconds
-        self.simulated = os.environ.setdefault("LLMC_TEST_CUDA", "device") == "simulation"
+        os.environ.setdefault("LLMC_TEST_CUDA", "device")
         self.parts: list[Facts] = []
         self.log = open(out / f"{mode}.log", "w", encoding="utf-8")
 
@@ -95,7 +96,7 @@ class Run:
         self.log.flush()
         target = self.out / f"{self.mode}.json"
         began = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.began))
-        result = {"mode": self.mode, "simulated": self.simulated, "began": began, "parts": self.parts}
+        result = {"mode": self.mode, "simulated": simulated(), "began": began, "parts": self.parts}
         target.with_suffix(".tmp").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         target.with_suffix(".tmp").replace(target)
 
@@ -143,13 +144,6 @@ def last_line(text: str) -> str:
 
 
 # ---- workers: each in a process of its own ---------------------------------------------------------
-
-
-def simulate() -> None:
-    """Put the host simulation in the GPU's place, where the environment says so."""
-    sys.path.insert(0, str(TESTS))
-    if os.environ["LLMC_TEST_CUDA"] == "simulation":
-        importlib.import_module("simulation").load()
 
 
 def work_facts() -> Facts:
@@ -204,7 +198,7 @@ GPU_FACTS = (
 
 def gpu(run: Run, limit: float) -> Facts:
     """What nvidia-smi says."""
-    if run.simulated:
+    if simulated():
         raise NotRun("simulated")
     if shutil.which("nvidia-smi") is None:
         raise Failed("nvidia-smi is not on the PATH: no NVIDIA driver?")
@@ -219,7 +213,7 @@ def gpu(run: Run, limit: float) -> Facts:
     return facts
 
 
-PYTEST = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "cuda")
+PYTEST = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "cuda or cublaslt or cudnn")
 
 
 def test_files(run: Run, limit: float) -> list[str]:
@@ -300,7 +294,7 @@ TOOLS = {
 
 def sanitizer(run: Run, limit: float, tool: str) -> Facts:
     """Every op once, on small shapes, under compute-sanitizer."""
-    if run.simulated:
+    if simulated():
         raise NotRun("compute-sanitizer needs a GPU")
     program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if program is None:
@@ -331,17 +325,17 @@ def facts(run: Run, limit: float) -> Facts:
 
 
 def check(run: Run, args: argparse.Namespace) -> None:
-    slow = 20 if run.simulated else 1  # the simulation's time is nobody's concern
+    slow = 20 if simulated() else 1  # the simulation's time is nobody's concern
     run.part("gpu", 20, gpu)
     run.part("packages", 40, facts)
-    small, T = ("tiny", 33) if run.simulated else ("d2", 129)
+    small, T = ("tiny", 33) if simulated() else ("d2", 129)
     made = run.part(f"{small}: PyTorch float64", 60, reference, small, 2, T, "float64", True)
     for dtype in ops.DTYPES:
         run.part(f"{small} {dtype}", 30 * slow, model_check, made, dtype)
-    run.part("tests", 120 * slow, op_tests, args.files, 1 if run.simulated else 4)
+    run.part("tests", 120 * slow, op_tests, args.files, 1 if simulated() else 4)
     for tool in ("memcheck", "racecheck"):
         run.part(tool, 45, sanitizer, tool)
-    if run.simulated:
+    if simulated():
         run.part("d12", 60, not_run, "GPT-2 124M is too large for the simulation")
     else:
         made = run.part("d12: PyTorch float32", 90, reference, "d12", 2, 256, "float32", False)

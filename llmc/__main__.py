@@ -252,13 +252,21 @@ def _add_bench_options(sub: argparse.ArgumentParser, kind: str, warmup: int, rep
     sub.add_argument(
         "--sequence-length", "-T", "-t", type=numbers, default=(64,), metavar="N,N", help="tokens each (64)"
     )
-    sub.add_argument("--dtype", type=names, default=("fp32",), metavar="A,B", help="fp32, bf16 (fp32)")
+    sub.add_argument(
+        "--device", default="cpu", metavar="NAME",
+        help=f"cuda, cuda:1 ...: {'measure a GPU beside the CPU' if kind == 'kernels' else 'train on a GPU'} (cpu)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--dtype", type=names, default=("fp32",), metavar="A,B", help="fp32, bf16, on a GPU also tf32 (fp32)"
+    )
     sub.add_argument(
         "--isas", type=names, default=(), metavar="A,B",
-        help=f"instruction sets ({'all that this CPU has' if kind == 'kernels' else 'LLMC_ISA, else the best here'})",
+        help="instruction sets, with --device cuda also `cuda`: alone, without the CPU (all that there are)"
+        if kind == "kernels"
+        else "instruction sets of the CPU (LLMC_ISA, else the best here)",
     )  # fmt: skip
     if kind == "kernels":
-        sub.add_argument("--only", default="", metavar="TEXT", help="ops whose name holds TEXT")
+        sub.add_argument("--only", default="", metavar="A,B", help="ops whose name holds A or B")
     sub.add_argument("--threads", type=int, metavar="N", help="(OMP_NUM_THREADS, else the physical cores)")
     sub.add_argument("--warmup", type=int, default=warmup, metavar="N", help=f"{first} ({warmup})")
     sub.add_argument("--repeats", type=int, default=repeats, metavar="N", help=f"turns ({repeats})")
@@ -454,12 +462,14 @@ def _bench(args: argparse.Namespace) -> int:
 
     settings = benchmark.Settings(
         init=args.init, batch_sizes=args.batch_size, sequence_lengths=args.sequence_length, dtypes=args.dtype,
-        isas=args.isas, only=getattr(args, "only", ""), threads=args.threads, warmup=args.warmup,
-        repeats=args.repeats, seconds=args.seconds,
+        device=args.device, isas=args.isas, only=getattr(args, "only", ""), threads=args.threads,
+        warmup=args.warmup, repeats=args.repeats, seconds=args.seconds,
     )  # fmt: skip
     if args.plot:
         results.check_plot(args.plot)
     facts = machine.facts(ops.load("cpu", threads=settings.threads).info())
+    if settings.gpu:
+        facts |= machine.gpu_facts(ops.load(settings.device).info())
 
     def progress(text: str) -> None:
         if sys.stderr.isatty():

@@ -156,6 +156,12 @@ def cases(backend: Any, config: Config, B: int, T: int, dtype: str) -> Iterator[
         dx, dwte = new(B, T, C), new(Vp, C)
         yield case("head_loss", f"{tokens}, with gradients", losses, dx, dwte, x, wte, i, V, 1.0 / (B * T), False)
         yield case("sum_losses", f"{B}x{T}", number(0.0), losses, 1.0 / (B * T), False)
+        if hasattr(backend, "classifier"):  # of a GPU, where memory bounds it
+            rows = new(B * T, Vp)
+            cost = Cost(0.0, float(rows.nbytes), float(rows.nbytes), (0, 0, 1), float(rows.nbytes))
+            args = (rows, losses, i, V, 1.0 / (B * T))
+            yield Case("classifier", f"{B * T}x{Vp}", dtype, cost, backend.classifier, args)
+            del rows, args
         logits, one = blank(1, 1, V, dtype=storage), new(1, 1, C)
         yield case("head_logits", f"1x1x{C}, V={V}", logits, one, wte, V)
 

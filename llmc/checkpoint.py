@@ -633,7 +633,7 @@ def read_folder(folder: PathLike, tensors: Iterable[tuple[Row, Array]], vocab_si
     with ExitStack() as stack:
         found = _match(folder, _open_folder(folder, stack), [row for row, _ in pairs], vocab_size)
         for row, array in pairs:
-            layers = array if row.layers else array[None]
+            layers = array if row.layers else array.reshape((1, *array.shape))
             for name, out in zip(_hf_names(row), layers, strict=True):
                 tensor = found[name.removeprefix(PREFIX)]
                 if row.transpose:
@@ -676,7 +676,7 @@ def write_folder_weights(folder: PathLike, tensors: Iterable[tuple[Row, Array]],
     with atomic_write(os.path.join(folder, WEIGHTS_FILE)) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for row, array in pairs:
-            for out in array if row.layers else array[None]:
+            for out in array if row.layers else array.reshape((1, *array.shape)):
                 values = out[:vocab_size] if row.name == PADDED else out
                 _emit(file, np.asarray(values).T if row.transpose else values, SAFE_DTYPES["F32"])
 

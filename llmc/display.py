@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -120,7 +120,7 @@ class Display:
             rows["val batches"] = "unlimited" if event.val_batches is None else f"{event.val_batches:,}"
         rows["updates"] = f"{event.steps:,}, {config.schedule} learning rate {config.lr:g}"
         backend = event.backend
-        rows["device"] = f"{config.device}, {backend['isa']}, {backend['dtype']}, threads: {backend['threads']}"
+        rows["device"] = f"{config.device}, {_computing(backend, event.model.channels // event.model.num_heads)}"
         for name, value in rows.items():
             self.line(f"{name:<16} {value}")
         self.line()
@@ -235,6 +235,15 @@ def profile_lines(profile: Profile) -> list[str]:
     return lines
 
 
+def _computing(backend: Mapping[str, Any], head_size: int) -> str:
+    """What a model with heads of so many channels is computed with."""
+    if backend["device"] != "cuda":
+        return f"{backend['isa']}, {backend['dtype']}, threads: {backend['threads']}"
+    own = "own flash kernels" if head_size in backend["flash_heads"] else "own simple kernels"
+    attention = own if backend["attention"] == "own" else backend["attention"]
+    return f"{backend['name']}, {backend['dtype']}; products: {backend['gemm']}; attention: {attention}"
+
+
 class Transfer:
     """Shows how far a download or the tokenising of a text has come: a bar on a terminal, else a line per phase."""
 
@@ -310,9 +319,13 @@ OPTIONAL = {
 }
 
 
-def print_info(stream: TextIO, device: str = "cpu", isa: str | None = None, threads: int | None = None) -> None:
+def print_info(stream: TextIO, device: str = "cpu", **settings: Any) -> None:
     """Version, processor, what of it is in use, the GPU and what it takes, and which optional packages are there
-    (without importing them).  With a GPU as `device` also its settings; DeviceError where it is not to be had."""
+    (without importing them).
+
+    `settings` are those of `ops.load`.  With a GPU as `device` they are shown too; DeviceError where it is not to be
+    had.
+    """
     import platform
     from importlib.metadata import PackageNotFoundError, version
 
@@ -323,8 +336,8 @@ def print_info(stream: TextIO, device: str = "cpu", isa: str | None = None, thre
         "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "processor": machine.processor(),
     }
-    gpu = {} if device == "cpu" else ops.load(device).info()
-    info = ops.load("cpu", isa=isa, threads=threads).info()
+    gpu = {} if device == "cpu" else ops.load(device, **settings).info()
+    info = ops.load("cpu", **({} if gpu else settings)).info()
     rows["instruction set"] = f"{info['isa']} in use; {', '.join(info['isas'])} available"
     rows["bf16 products"] = "one instruction per pair" if info["bf16_products"] else "rounded, multiplied in fp32"
     rows["threads"] = str(info["threads"])
@@ -332,7 +345,7 @@ def print_info(stream: TextIO, device: str = "cpu", isa: str | None = None, thre
     rows["OpenMP"] = f"specification {info['openmp']}" if info["openmp"] else "built without: one thread"
     rows |= ops.found()
     if gpu:
-        rows["device"] = f"{device}: {gpu['dtype']}, products by {gpu['gemm']}"
+        rows["in use"] = f"{device}, {gpu['dtype']}; products: {gpu['gemm']}; attention: {gpu['attention']}"
     for name in ("numpy", *OPTIONAL):
         try:
             found = version(name)

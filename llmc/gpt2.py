@@ -295,7 +295,8 @@ class GPT2:
 
         `recompute`, a key of RECOMPUTE, trades time for memory from now on: what it names is not kept per layer
         but made again in the backward pass, by the same ops from the same inputs, so gradients are the same
-        bits.  ConfigError for another mode, or if T exceeds the model's longest sequence.
+        bits; but for "gelu" and "gelu+norm" in bfloat16, whose GELU is that of a sum that was rounded when it was
+        stored.  ConfigError for another mode, or if T exceeds the model's longest sequence.
         """
         check_recompute(recompute)
         if recompute != self.recompute:

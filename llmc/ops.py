@@ -181,7 +181,10 @@ class Ops(Protocol):
         """
 
     def linear_gelu_forward(self, out: Array, pre: Array, x: Array, w: Array, b: Array | None) -> None:
-        """pre = x @ w.T + b;  out = gelu(pre).  Shapes as in `linear_forward`; both results are kept."""
+        """pre = x @ w.T + b;  out = gelu(pre).  Shapes as in `linear_forward`; both results are kept.
+
+        A GPU may take gelu of the sum before it is rounded to the storage type.
+        """
 
     def gelu_linear_backward(
         self, dpre: Array, dw: Array, db: Array | None, dout: Array, pre: Array, x: Array, w: Array, accumulate: bool

@@ -93,9 +93,10 @@ def _kernels(rows: Sequence[KernelRow]) -> str:
 
 
 def _training(rows: Sequence[TrainingRow]) -> str:
+    gpu = any(row.busy is not None for row in rows)
     header = [
         "model", "B", "T", "dtype", "isa", "step, ms", "quartiles", "forward", "backward", "update", "tok/s", "MFU",
-        "peak MiB", "first step after, s", "steps",
+        "peak MiB", "first step after, s", "turns" if gpu else "steps", *(["GPU busy"] if gpu else []),
     ]  # fmt: skip
     return table(
         header,
@@ -105,6 +106,7 @@ def _training(rows: Sequence[TrainingRow]) -> str:
                 f"{row.ms.lower:.1f} to {row.ms.upper:.1f}", f"{row.forward_ms:.1f}", f"{row.backward_ms:.1f}",
                 f"{row.update_ms:.1f}", f"{row.tokens_per_second:.0f}", f"{100 * row.mfu:.1f} %",
                 f"{row.peak_mib:.0f}", f"{row.first_step_seconds:.2f}", str(row.steps),
+                *([f"{100 * row.busy:.1f} %"] if row.busy is not None else []),
             ]
             for row in rows
         ],
@@ -181,8 +183,8 @@ def _draw_training(axes: Any, rows: Sequence[TrainingRow]) -> None:
 
 
 def draw_steps(axes: Any, labels: Sequence[str], steps: Sequence[Mapping[str, Any]]) -> list[float]:
-    """A bar per step, from the ms of its PARTS one after another, or of the whole `step` where they are not known; where
-    each bar ends."""
+    """A bar per step, from the ms of its PARTS one after another, or of the whole `step` where they are not known;
+    where each bar ends."""
     ends = [0.0] * len(steps)
     for part in PARTS if all(step[part] is not None for step in steps for part in PARTS) else ("step",):
         widths = [step[part] for step in steps]

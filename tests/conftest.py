@@ -1,8 +1,8 @@
 """Fixtures for all tests.
 
-`ops` is a backend: the CPU's, once for each instruction set.  Those that this machine cannot run are
-reported as skipped, with the reason.  Tests find data through LLMC_TEST_DATA alone; LLMC_TEST_LIGHT=1
-leaves out the tests marked `heavy`, for emulators.
+`ops` is a backend: the CPU's, once for each instruction set, and CUDA's, on a GPU or a simulated one (on_device.py).
+Those that this machine cannot run are reported as skipped, with the reason.  Tests find data through LLMC_TEST_DATA
+alone; LLMC_TEST_LIGHT=1 leaves out the tests marked `heavy`, for emulators.
 """
 
 from __future__ import annotations
@@ -11,14 +11,17 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
+import on_device
 import pytest
 
 # Threads that wait must not spin: test machines are shared, and the ops under test are short.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 ISAS = ("scalar", "avx2", "avx512", "avx512bf16", "amx", "neon", "neonbf16")
+BACKENDS = (*(f"cpu-{isa}" for isa in ISAS), "cuda")
 
 # What the op tests may need of the workspace: the widest row, the largest vocabulary and tensor in them, the most
 # tokens of a call, the most heads.
@@ -50,16 +53,42 @@ def configured(isa: str | None, threads: int, dtype: str = "fp32") -> Iterator[M
         _cpu.configure(isa=before["isa"], threads=before["threads"], dtype=before["dtype"])
 
 
-@pytest.fixture(params=[f"cpu-{isa}" for isa in ISAS])
-def ops(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
-    """A backend, set up with two threads and a workspace large enough for any op test."""
-    yield from configured(request.param.removeprefix("cpu-"), threads=2)
+def backend(name: str, dtype: str) -> Iterator[Any]:
+    """One of BACKENDS, set up with two threads (on a CPU) and a workspace large enough for any op test."""
+    if name == "cuda":
+        yield from on_device.configured(dtype, WORKSPACE)
+    else:
+        yield from configured(name.removeprefix("cpu-"), threads=2, dtype=dtype)
+
+
+@pytest.fixture(params=BACKENDS)
+def ops(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """A backend; arrays are NumPy's on all of them."""
+    yield from backend(request.param, "fp32")
+
+
+@pytest.fixture(params=BACKENDS)
+def ops_bf16(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """The same, with the operands of matrix products rounded to bf16, and on a GPU all that is stored."""
+    yield from backend(request.param, "bf16")
 
 
 @pytest.fixture(params=[f"cpu-{isa}" for isa in ISAS])
-def ops_bf16(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+def each_isa(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    """The CPU's backend with each instruction set, for what a GPU does not have or is tested for elsewhere."""
+    yield from backend(request.param, "fp32")
+
+
+@pytest.fixture(params=[f"cpu-{isa}" for isa in ISAS])
+def each_isa_bf16(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
     """The same, with the operands of matrix products rounded to bf16."""
-    yield from configured(request.param.removeprefix("cpu-"), threads=2, dtype="bf16")
+    yield from backend(request.param, "bf16")
+
+
+@pytest.fixture
+def cuda() -> Iterator[ModuleType]:
+    """llmc._cuda itself, in fp32, on a GPU or a simulated one; arrays are its own."""
+    yield from on_device.opened("fp32", WORKSPACE)
 
 
 @pytest.fixture

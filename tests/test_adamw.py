@@ -84,24 +84,24 @@ def distance(a: dict[str, Array], b: dict[str, Array]) -> float:
 TOLERANCE = STEPS * (4.5 * 2.0**-24 + 8 * LR * 2.0**-24)
 
 
-def test_against_float64(ops: ModuleType) -> None:
-    assert distance(actual(ops), expected(**RIGHT)) < TOLERANCE
+def test_against_float64(each_isa: ModuleType) -> None:
+    assert distance(actual(each_isa), expected(**RIGHT)) < TOLERANCE
 
 
 @pytest.mark.parametrize(("grad_clip", "clips"), [(0.01, True), (1e9, False)])
-def test_clipping(ops: ModuleType, grad_clip: float, clips: bool) -> None:
-    found = actual(ops, grad_clip)
+def test_clipping(each_isa: ModuleType, grad_clip: float, clips: bool) -> None:
+    found = actual(each_isa, grad_clip)
     assert distance(found, expected(**RIGHT, grad_clip=grad_clip)) < TOLERANCE
     assert (distance(found, expected(**RIGHT)) > 100 * TOLERANCE) == clips
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("where", ["norm", "loss"])
-def test_nothing_is_applied_that_is_not_finite(ops: ModuleType, where: str, bad: float) -> None:
-    params, grads, loss = Arena(ROWS, ops.empty), Arena(ROWS, ops.empty), ops.empty((1,), "float64")
+def test_nothing_is_applied_that_is_not_finite(each_isa: ModuleType, where: str, bad: float) -> None:
+    params, grads, loss = Arena(ROWS, each_isa.empty), Arena(ROWS, each_isa.empty), each_isa.empty((1,), "float64")
     for name, value in start().items():
         params[name][...] = value
-    optimizer = AdamW(ROWS, params, grads, ops, loss=loss, grad_clip=1.0, **RIGHT)
+    optimizer = AdamW(ROWS, params, grads, each_isa, loss=loss, grad_clip=1.0, **RIGHT)
     for name, value in updates()[0].items():
         grads[name][...] = value
     target = loss if where == "loss" else grads.vector

@@ -109,20 +109,20 @@ def test_only_a_few_arrays_at_a_time(cpu: ModuleType, monkeypatch: pytest.Monkey
     assert number[0] > 50 and most[0] == 4 and live == {}
 
 
-def test_products(ops: ModuleType, rng: np.random.Generator) -> None:
+def test_products(each_isa: ModuleType, rng: np.random.Generator) -> None:
     """The three uses are those of a linear layer, at an awkward size."""
     M, K, N = 19, 13, 23
     x, w, dy = (rng.standard_normal(shape).astype(np.float32) for shape in ((M, K), (N, K), (M, N)))
     for use, a, b, expected in (("forward", x, w, x @ w.T), ("dx", dy, w, dy @ w), ("dw", dy, x, dy.T @ x)):
         out = np.full(expected.shape, np.nan, np.float32)
-        ops.product(use, out, a, b)
+        each_isa.product(use, out, a, b)
         np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
         with pytest.raises(ValueError, match="out"):
-            ops.product(use, out[:-1].copy(), a, b)
+            each_isa.product(use, out[:-1].copy(), a, b)
         with pytest.raises(ValueError, match="b"):
-            ops.product(use, out, a, b[:-1, :-1].copy())
+            each_isa.product(use, out, a, b[:-1, :-1].copy())
     with pytest.raises(ValueError, match="use"):
-        ops.product("up", x, x, x)
+        each_isa.product("up", x, x, x)
 
 
 def test_flops_per_token() -> None:

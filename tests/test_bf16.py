@@ -113,7 +113,7 @@ def test_denormal_numbers(ops_bf16: ModuleType) -> None:
     assert ((out[0, :5, 0] == expected) | (out[0, :5, 0] == 0)).all()
 
 
-def test_it_is_not_fp32(ops_bf16: ModuleType, rng: Generator) -> None:
+def test_it_is_not_fp32(each_isa_bf16: ModuleType, rng: Generator) -> None:
     """The switch does something, in every op with a product."""
     for op, make in {
         "linear_forward": lambda: (blank(1, 8, 9), floats(rng, 1, 8, 7), floats(rng, 9, 7), None),
@@ -123,8 +123,8 @@ def test_it_is_not_fp32(ops_bf16: ModuleType, rng: Generator) -> None:
         values = make()
         results = []
         for dtype in ("fp32", "bf16"):
-            ops_bf16.configure(isa=ops_bf16.info()["isa"], threads=2, dtype=dtype)
-            getattr(ops_bf16, op)(*values)
+            each_isa_bf16.configure(isa=each_isa_bf16.info()["isa"], threads=2, dtype=dtype)
+            getattr(each_isa_bf16, op)(*values)
             results.append(values[0].copy())
         difference = np.abs(results[0] - results[1]).max() / np.abs(results[0]).max()
         assert 1e-5 < difference < 0.02, op
@@ -194,9 +194,9 @@ def test_attention_backward(ops_bf16: ModuleType, rng: Generator, B: int, T: int
 
 
 @pytest.mark.parametrize("state", ["raw", "perturbed"])
-def test_gradients(ops_bf16: ModuleType, state: str) -> None:
+def test_gradients(each_isa_bf16: ModuleType, state: str) -> None:
     """Each gradient tensor within 2e-2 of float64's, by relative norm: the project's goal."""
-    model, judge = build(ops_bf16, state), build(reference, state, dtype="float64")
+    model, judge = build(each_isa_bf16, state), build(reference, state, dtype="float64")
     x, y = batch()
     losses = []
     for each in (model, judge):

@@ -29,7 +29,7 @@ CONFIG = gpt2.Config(max_seq_len=48, vocab_size=131, num_layers=2, num_heads=2, 
 B, T = 2, 37
 LIMITS = {  # logits, gradients, losses of six updates
     "fp32": (5e-6, 5e-6, {"raw": 2e-6, "perturbed": 5e-5}),
-    "tf32": (5e-6, 5e-6, {"raw": 2e-6, "perturbed": 5e-5}),  # the simulation multiplies without rounding
+    "tf32": (1e-3, 2e-3, {"raw": 2e-4, "perturbed": 2e-3}),
     "bf16": (2e-2, 3e-2, {"raw": 2e-3, "perturbed": 2e-2}),
 }
 STORIES = {"init": "tiny", "batch_size": 2, "sequence_length": 16, "device": "cuda", "sample_every": 0, "val_every": 0}
@@ -133,11 +133,14 @@ def test_replayed_is_run(
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize("mode", ["gelu", "gelu+norm", "block"])
-def test_recompute_gives_the_same_bits(backend: Callable[..., ops.Ops], mode: str) -> None:
+@pytest.mark.parametrize(
+    ("mode", "dtype"), [("gelu", "fp32"), ("gelu+norm", "fp32"), ("block", "fp32"), ("block", "bf16")]
+)
+def test_recompute_gives_the_same_bits(backend: Callable[..., ops.Ops], mode: str, dtype: str) -> None:
+    """In bf16 `gelu` does not: what is recomputed comes from the stored sum, what is kept came from the exact one."""
     seen = []
     for recompute in ("none", mode):
-        model = build(backend(dtype="bf16"), "perturbed")
+        model = build(backend(dtype=dtype), "perturbed")
         model.prepare(B, T, recompute)
         for micro in range(2):
             model.gradients(*batch(), accumulate=micro > 0)

@@ -95,9 +95,9 @@ def test_reference_is_pytorch(weights: str) -> None:
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("weights", ["raw", "perturbed"])
-def test_against_pytorch(ops: ModuleType, weights: str) -> None:
+def test_against_pytorch(each_isa: ModuleType, weights: str) -> None:
     pytest.importorskip("torch")
-    model = build(ops, weights)
+    model = build(each_isa, weights)
     x, y = batch()
     judge = overfit(model.params, CONFIG, x, y, dtype="float64", **RECIPE)
     assert np.abs(model.logits(x) - judge.logits).max() < LOGITS * np.abs(judge.logits).max()
@@ -109,8 +109,8 @@ def test_against_pytorch(ops: ModuleType, weights: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 2), (2, 5), (5, 80)])
-def test_ragged_batches(ops: ModuleType, shape: tuple[int, int]) -> None:
-    model, judge = build(ops, "perturbed"), build(reference, "perturbed", dtype="float64")
+def test_ragged_batches(each_isa: ModuleType, shape: tuple[int, int]) -> None:
+    model, judge = build(each_isa, "perturbed"), build(reference, "perturbed", dtype="float64")
     x, y = batch(shape=shape)
     for each in (model, judge):
         each.forward(x, y)
@@ -154,14 +154,14 @@ def test_padding_stays_zero(cpu: ModuleType) -> None:
 
 
 @pytest.mark.heavy
-def test_bit_identical_for_any_number_of_threads(ops: ModuleType) -> None:
+def test_bit_identical_for_any_number_of_threads(each_isa: ModuleType) -> None:
     """Losses, and every parameter after five updates.  T, C and the batch cross the kernels' block sizes."""
     config = gpt2.Config(max_seq_len=150, vocab_size=300, num_layers=2, num_heads=4, channels=64)
     x, y = batch(config, (2, 150))
-    isa, results = ops.info()["isa"], []
+    isa, results = each_isa.info()["isa"], []
     for threads in (1, 2, 3, 4):
-        ops.configure(isa, threads)
-        model = build(ops, "perturbed", config)
+        each_isa.configure(isa, threads)
+        model = build(each_isa, "perturbed", config)
         model.prepare(*x.shape)
         optimizer = optimizer_for(model, grad_clip=1.0)
         losses = []
@@ -173,9 +173,9 @@ def test_bit_identical_for_any_number_of_threads(ops: ModuleType) -> None:
     assert all(result == results[0] for result in results[1:])
 
 
-def test_decode_is_forward(ops: ModuleType) -> None:
+def test_decode_is_forward(each_isa: ModuleType) -> None:
     """A prompt at once, then token by token, then several at once: the logits of the whole sequence."""
-    model = build(ops, "perturbed")
+    model = build(each_isa, "perturbed")
     x, _ = batch(shape=(2, 40))
     whole = model.logits(x).copy()
     cache = model.new_cache(2)
@@ -232,12 +232,12 @@ def test_presets() -> None:
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("mode", ["gelu", "gelu+norm", "block"])
-def test_recompute_gives_the_same_bits(ops: ModuleType, mode: str) -> None:
+def test_recompute_gives_the_same_bits(each_isa: ModuleType, mode: str) -> None:
     """Losses, gradients and, after three accumulated updates, weights: those of "none", from fewer bytes."""
     config = gpt2.Config(max_seq_len=150, vocab_size=300, num_layers=3, num_heads=4, channels=64)
     results = []
     for recompute in ("none", mode):
-        model = build(ops, "perturbed", config)
+        model = build(each_isa, "perturbed", config)
         x, y = batch(config, (3, 150))
         model.prepare(*x.shape, recompute=recompute)
         optimizer = optimizer_for(model)

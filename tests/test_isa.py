@@ -61,13 +61,13 @@ def test_isas_are_what_the_kernel_says(cpu: ModuleType) -> None:
         assert ("neonbf16" in cpu.isas()) == ("bf16" in flags)
 
 
-def test_forced_by_argument(ops: ModuleType) -> None:
-    isa = ops.info()["isa"]
+def test_forced_by_argument(each_isa: ModuleType) -> None:
+    isa = each_isa.info()["isa"]
     assert load("cpu", isa=isa, threads=1).info()["isa"] == isa
 
 
-def test_forced_by_environment(ops: ModuleType) -> None:
-    isa = ops.info()["isa"]
+def test_forced_by_environment(each_isa: ModuleType) -> None:
+    isa = each_isa.info()["isa"]
     assert python(SHOW, LLMC_ISA=isa) == isa
 
 

@@ -129,7 +129,10 @@ def test_residual_forward(ops: ModuleType, rng: Generator, B: int, T: int, C: in
 
 @pytest.mark.parametrize("C", [5, 64, 129, 768])
 def test_residual_forward_of_a_rounded_sum(ops: ModuleType, rng: Generator, C: int) -> None:
-    """Branches of half a unit of x: what is normed is the sum as it is stored, not as it would be exactly."""
+    """Branches of half a unit of x: what is normed is the sum as it is stored, not as it would be exactly.
+
+    Rows are compared without their means: the rounding of a mean of 4096 is as large as what is looked for.
+    """
     x = 4096 + np.float32(2.0**-11) * rng.integers(0, 4, (2, 3, C)).astype(np.float32)
     branch = np.where(rng.integers(0, 2, x.shape) == 1, 2.0**-12, -(2.0**-12)).astype(np.float32)
     total = x + branch
@@ -138,7 +141,11 @@ def test_residual_forward_of_a_rounded_sum(ops: ModuleType, rng: Generator, C: i
     reference.layernorm_forward(right, stat, stat.copy(), total, ones, zeros, EPS)
     reference.layernorm_forward(wrong, stat, stat.copy(), x.astype(np.float64) + branch, ones, zeros, EPS)
     found = check_residual(ops, x, branch, ones, zeros)
-    assert np.abs(found["out"] - wrong).max() > 3 * np.abs(found["out"] - right).max()
+
+    def spread(error: Array) -> float:
+        return float(np.abs(error - error.mean(axis=-1, keepdims=True)).max())
+
+    assert spread(found["out"] - wrong) > 3 * spread(found["out"] - right)
 
 
 @pytest.mark.parametrize("B, T, C", SHAPES)

@@ -12,8 +12,8 @@ import pytest
 from guard import Guarded
 
 
-def test_registers(ops: ModuleType) -> None:
-    for measure in (ops.measure_fma, ops.measure_dot):
+def test_registers(each_isa: ModuleType) -> None:
+    for measure in (each_isa.measure_fma, each_isa.measure_dot):
         rate = measure(0.0)
         assert math.isfinite(rate) and rate > 0
 
@@ -23,25 +23,25 @@ def test_registers(ops: ModuleType) -> None:
     "reads, writes, updates",
     [(0, 1, 0), (1, 0, 0), (1, 1, 0), (1, 2, 0), (2, 1, 0), (1, 0, 1), (2, 0, 1), (1, 0, 3), (0, 0, 1), (7, 5, 4)],
 )
-def test_stream(ops: ModuleType, reads: int, writes: int, updates: int, nbytes: int) -> None:
-    memory = np.full(ops.stream_floats(nbytes), np.nan, np.float32)
-    rate = ops.measure_stream(memory, reads, writes, nbytes, 0.0, updates)
+def test_stream(each_isa: ModuleType, reads: int, writes: int, updates: int, nbytes: int) -> None:
+    memory = np.full(each_isa.stream_floats(nbytes), np.nan, np.float32)
+    rate = each_isa.measure_stream(memory, reads, writes, nbytes, 0.0, updates)
     assert math.isfinite(rate) and rate > 0
 
 
 @pytest.mark.parametrize("reads, writes, updates", [(1, 0, 0), (2, 0, 1), (7, 5, 4)])
-def test_a_stream_stays_in_its_memory(ops: ModuleType, reads: int, writes: int, updates: int) -> None:
+def test_a_stream_stays_in_its_memory(each_isa: ModuleType, reads: int, writes: int, updates: int) -> None:
     """Flush with forbidden pages; and what is too short is refused before it is touched."""
     nbytes = 100_000
     for place in ("start", "end"):
-        guard = Guarded(np.ones(ops.stream_floats(nbytes), np.float32), place)
-        ops.measure_stream(guard.array, reads, writes, nbytes, 0.0, updates)
+        guard = Guarded(np.ones(each_isa.stream_floats(nbytes), np.float32), place)
+        each_isa.measure_stream(guard.array, reads, writes, nbytes, 0.0, updates)
         assert guard.intact() and np.isfinite(guard.array).all()
     short = np.ones(nbytes // 4, np.float32)
     with pytest.raises(ValueError, match="memory: 25,000 floats are too few"):
-        ops.measure_stream(short, reads, writes, nbytes, 0.0, updates)
+        each_isa.measure_stream(short, reads, writes, nbytes, 0.0, updates)
     with pytest.raises(TypeError, match="memory"):
-        ops.measure_stream(None, reads, writes, nbytes, 0.0, updates)
+        each_isa.measure_stream(None, reads, writes, nbytes, 0.0, updates)
     assert (short == 1).all()
 
 

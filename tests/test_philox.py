@@ -96,12 +96,12 @@ def test_a_beginning_is_a_beginning(ops: ModuleType, n: int) -> None:
 
 
 @pytest.mark.parametrize("threads", [2, 3, 4])
-def test_threads(ops: ModuleType, threads: int) -> None:
+def test_threads(each_isa: ModuleType, threads: int) -> None:
     results = []
     for count in (1, threads):
-        ops.configure(isa=ops.info()["isa"], threads=count)
+        each_isa.configure(isa=each_isa.info()["isa"], threads=count)
         out = np.empty(100_003, np.float32)
-        ops.normal(out, 9, 10, 0.02)
+        each_isa.normal(out, 9, 10, 0.02)
         results.append(out.tobytes())
     assert results[0] == results[1]
 

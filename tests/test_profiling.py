@@ -206,10 +206,10 @@ def test_keyword_arguments(cpu: ModuleType) -> None:
     assert out.tolist() == [[[4.0] * 3] * 2] and profiled.report().rows[0].size == "4 -> 3"
 
 
-def test_bf16(ops_bf16: ModuleType) -> None:
+def test_bf16(each_isa_bf16: ModuleType) -> None:
     """Products are compared with the peak of bf16 products."""
     config = TrainConfig(**{**vars(RUN), "dtype": "bf16", "steps": 2})
-    model = llmc.load("tiny", ops=cast(Ops, ops_bf16))
+    model = llmc.load("tiny", ops=cast(Ops, each_isa_bf16))
     profile = list(train(config, model, profile=True))[-1]
     assert isinstance(profile, Profile) and set(profile.peaks) == {"dot"}
     assert "bf16 dot products" in display.profile_lines(profile)[-1]

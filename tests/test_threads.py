@@ -33,9 +33,9 @@ def run(ops: ModuleType, op: str, sizes: Sizes, threads: int, accumulate: bool) 
 
 @pytest.mark.parametrize("sizes", [pytest.param(LARGE, marks=pytest.mark.heavy, id="large"), SMALL])
 @pytest.mark.parametrize("op", OUTPUTS)
-def test_same_bits(ops: ModuleType, op: str, sizes: Sizes) -> None:
+def test_same_bits(each_isa: ModuleType, op: str, sizes: Sizes) -> None:
     for accumulate in (False, True):
-        results = [run(ops, op, sizes, threads, accumulate) for threads in THREADS]
+        results = [run(each_isa, op, sizes, threads, accumulate) for threads in THREADS]
         for threads, result in zip(THREADS, results, strict=True):
             for name, content in result.items():
                 assert content == results[0][name], f"{op}: {name} differs between 1 and {threads} threads"
@@ -46,20 +46,20 @@ PRODUCTS = [op for op in OUTPUTS if op.startswith(("linear", "attention", "head"
 
 @pytest.mark.parametrize("sizes", [pytest.param(LARGE, marks=pytest.mark.heavy, id="large"), SMALL])
 @pytest.mark.parametrize("op", PRODUCTS)
-def test_same_bits_in_bf16(ops_bf16: ModuleType, op: str, sizes: Sizes) -> None:
-    test_same_bits(ops_bf16, op, sizes)
+def test_same_bits_in_bf16(each_isa_bf16: ModuleType, op: str, sizes: Sizes) -> None:
+    test_same_bits(each_isa_bf16, op, sizes)
 
 
 @pytest.mark.heavy
-def test_norm_of_many_chunks(ops: ModuleType, rng: Generator) -> None:
+def test_norm_of_many_chunks(each_isa: ModuleType, rng: Generator) -> None:
     """The one long sum of the contract: hundreds of chunks, shared out in every way."""
     x = rng.standard_normal(1_500_007).astype(np.float32)
     values = set()
     for threads in THREADS:
-        ops.configure(isa=ops.info()["isa"], threads=threads)
+        each_isa.configure(isa=each_isa.info()["isa"], threads=threads)
         for _ in range(3):
             norm = number()
-            ops.global_norm(norm, x)
+            each_isa.global_norm(norm, x)
             values.add(norm[0])
     assert len(values) == 1
 

@@ -533,21 +533,21 @@ def story_run(model: GPT2, **options: Any) -> Iterator[Event]:
     return train(TrainConfig(**chosen), model)
 
 
-def test_kernels_follow_the_reference(ops: ModuleType) -> None:
+def test_kernels_follow_the_reference(each_isa: ModuleType) -> None:
     """Ten losses, every instruction set, against the float64 reference."""
     exact = new_model(config=KERNELS)
     exact.tokenizer = loading.tokenizers.load("bytes")
     options: dict[str, Any] = {"steps": 10, "val_every": 0, "weight_decay": 0.1, "total_batch": 256}
-    ours, theirs = (results(list(story_run(model, **options))) for model in (story_model(ops), exact))
+    ours, theirs = (results(list(story_run(model, **options))) for model in (story_model(each_isa), exact))
     assert np.allclose(ours, theirs, rtol=2e-5, atol=0)
 
 
-def test_threads_do_not_matter(ops: ModuleType) -> None:
+def test_threads_do_not_matter(each_isa: ModuleType) -> None:
     """Losses and norms bit for bit."""
     seen = []
     for threads in (1, 2, 3, 4):
-        ops.configure(isa=ops.info()["isa"], threads=threads)
-        seen.append(results(list(story_run(story_model(ops), steps=5))))
+        each_isa.configure(isa=each_isa.info()["isa"], threads=threads)
+        seen.append(results(list(story_run(story_model(each_isa), steps=5))))
     assert seen[1:] == seen[:1] * 3
 
 

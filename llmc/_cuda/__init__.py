@@ -5,50 +5,63 @@ Importing it needs no GPU and no PyCUDA; `configure` does (`ops.load` calls it).
 
 from __future__ import annotations
 
-import importlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llmc._cuda import compiler, cublaslt, device
-from llmc._cuda.device import elapsed, empty, fetch, memory, stamp
+from llmc._cuda import (
+    activation,
+    attention,
+    compiler,
+    cublaslt,
+    cudnn,
+    device,
+    embed,
+    gpu,
+    head,
+    linear,
+    norm,
+    optimizer,
+    peak,
+    philox,
+)
+from llmc._cuda.device import elapsed, empty, fetch, memory, op, stamp
 from llmc._cuda.found import found
 from llmc._cuda.graphs import record
 from llmc.errors import ConfigError, DeviceError
+
+__all__ = [
+    "adamw_step", "attention_backward", "attention_decode", "attention_forward", "cache_nbytes", "classifier",
+    "clip_scale", "configure", "copy", "elapsed", "embedding_backward", "embedding_forward", "empty", "fetch", "found",
+    "gelu_backward", "gelu_forward", "gelu_linear_backward", "global_norm", "head_logits", "head_loss", "info",
+    "layernorm_backward", "layernorm_forward", "linear_backward", "linear_forward", "linear_gelu_forward",
+    "measure_copy", "measure_product", "memory", "normal", "peak_nbytes", "product", "record", "reserve",
+    "residual_forward", "residual_layernorm_forward", "stamp", "sum_losses", "workspace_nbytes", "zero",
+]  # fmt: skip
 
 GEMMS = ("cublaslt", "own")
 ATTENTIONS = ("own", "cudnn")
 STORAGE = {"fp32": "float32", "tf32": "float32", "bf16": "bfloat16"}  # by the dtype of matrix products
 TENSOR_CORES = (8, 0)  # compute capability: the first whose matrix units take bf16 and tf32
+SCRATCH = (attention, embed, head, linear, norm, optimizer)  # the modules whose ops use the workspace
 
-_MODULES = {
-    "activation": ("zero", "copy", "gelu_forward", "gelu_backward", "residual_forward"),
-    "attention": ("attention_forward", "attention_backward", "attention_decode"),
-    "embed": ("embedding_forward", "embedding_backward"),
-    "head": ("head_loss", "head_logits", "sum_losses"),
-    "linear": ("linear_forward", "linear_backward", "linear_gelu_forward", "gelu_linear_backward"),
-    "norm": ("layernorm_forward", "layernorm_backward", "residual_layernorm_forward"),
-    "optimizer": ("global_norm", "clip_scale", "adamw_step"),
-    "peak": ("cache_nbytes", "measure_copy", "measure_product", "peak_nbytes", "product"),
-    "philox": ("normal",),
-}
-__all__ = [
-    "configure", "elapsed", "empty", "fetch", "found", "info", "memory", "record", "reserve", "stamp",
-    "workspace_nbytes",
-]  # fmt: skip
-
-_loaded = {
-    name: importlib.import_module(f"llmc._cuda.{name}")
-    for name in _MODULES
-    if (Path(__file__).parent / f"{name}.py").exists()
-}
-for _name, _ops in _MODULES.items():
-    for _op in _ops:
-        for _module in _loaded.values():
-            if hasattr(_module, _op):
-                globals()[_op] = device.op(getattr(_module, _op))
-
+# What one module calls of another is not wrapped: an error names the op that the model called.
+zero, copy = op(activation.zero), op(activation.copy)
+gelu_forward, gelu_backward = op(activation.gelu_forward), op(activation.gelu_backward)
+residual_forward = op(activation.residual_forward)
+attention_forward, attention_backward = op(attention.attention_forward), op(attention.attention_backward)
+attention_decode = op(attention.attention_decode)
+embedding_forward, embedding_backward = op(embed.embedding_forward), op(embed.embedding_backward)
+head_loss, head_logits, sum_losses = op(head.head_loss), op(head.head_logits), op(head.sum_losses)
+linear_forward, linear_backward = op(linear.linear_forward), op(linear.linear_backward)
+linear_gelu_forward, gelu_linear_backward = op(linear.linear_gelu_forward), op(linear.gelu_linear_backward)
+layernorm_forward, layernorm_backward = op(norm.layernorm_forward), op(norm.layernorm_backward)
+residual_layernorm_forward = op(norm.residual_layernorm_forward)
+global_norm, clip_scale, adamw_step = op(optimizer.global_norm), op(optimizer.clip_scale), op(optimizer.adamw_step)
+normal = op(philox.normal)
+cache_nbytes, peak_nbytes = op(peak.cache_nbytes), op(peak.peak_nbytes)
+measure_copy, measure_product = op(peak.measure_copy), op(peak.measure_product)
+classifier, product = op(peak.classifier), op(peak.product)
 
 
 def configure(
@@ -93,8 +106,6 @@ def _attention(name: str | None, precision: str) -> str:
     """"cudnn" where it was asked for or, unasked, where it can be had; ConfigError where it was and cannot."""
     if name == "own" or (name is None and precision != "bf16"):
         return "own"
-    from llmc._cuda import cudnn
-
     if precision == "bf16" and cudnn.available():
         return "cudnn"
     if name is None:
@@ -130,27 +141,24 @@ def info() -> dict[str, Any]:
         "device": "cuda",
         "name": opened.name,
         "capability": ".".join(map(str, opened.capability)),
-        "driver": device.driver_name(opened.driver_version),
+        "driver": gpu.driver_name(opened.driver_version),
         "dtype": device.dtype,
         "storage": device.storage.name,
         "ahead": 1,
         "gemm": device.gemm,
         "attention": device.attention,
+        "flash_heads": tuple(attention.FLASH) if device.storage.name == "bfloat16" else (),
         "compiler": compiler.find().name,
     }
 
 
 def workspace_nbytes(channels: int, vocab_size: int, parameters: int, tokens: int, heads: int) -> dict[str, int]:
     """Bytes of the workspace that `reserve` would make, and of what libraries and copies have of their own."""
-    sizes = [
-        module.scratch_nbytes(channels, vocab_size, parameters, tokens, heads)
-        for module in _loaded.values()
-        if hasattr(module, "scratch_nbytes")
-    ]
-    return {"shared": max(sizes, default=0), "threads": device.libraries_nbytes()}
+    sizes = (module.scratch_nbytes(channels, vocab_size, parameters, tokens, heads) for module in SCRATCH)
+    return {"shared": max(sizes), "threads": device.libraries_nbytes()}
 
 
-@device.op
+@op
 def reserve(channels: int, vocab_size: int, parameters: int, tokens: int, heads: int) -> None:
     """Make the workspace large enough for a model; `ops.reserve`."""
     device.enlarge(workspace_nbytes(channels, vocab_size, parameters, tokens, heads)["shared"])

@@ -294,7 +294,8 @@ __device__ __forceinline__ void backward_keys(floatX *dqkv, const floatX *dout, 
 
 // ---- decoding ---------------------------------------------------------------------------------------------------
 
-constexpr int DECODE_WARPS = 4, AHEAD = 4; // keys that a warp has under way
+constexpr int DECODE_WARPS = 4, DECODE_THREADS = DECODE_WARPS * WARP;
+constexpr int AHEAD = 4; // keys that a warp has under way
 
 // keys, values (B,maxT,C) hold `position` tokens and get those of qkv (B,T,3C); out (B,T,C) is the attention of the new
 // ones. Block (i, split) has query i = (b H + h) T + t and `chunk` keys; its warps take AHEAD of them in turn, a lane
@@ -410,7 +411,7 @@ __device__ __forceinline__ void decode(floatX *out, floatX *keys, floatX *values
     }
 
 #define DECODE(WIDEST)                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(DECODE_WARPS *WARP)                                                   \
+    extern "C" __global__ void __launch_bounds__(DECODE_THREADS)                                                       \
         attention_decode_##WIDEST(floatX *out, floatX *keys, floatX *values, float *partial, const floatX *qkv, int T, \
                                   int max_T, int H, int D, int position, int chunk) {                                  \
         decode<WIDEST / WARP>(out, keys, values, partial, qkv, T, max_T, H, D, position, chunk);                       \

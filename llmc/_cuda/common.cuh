@@ -131,16 +131,25 @@ template <int N, Use USE = Use::AGAIN, typename T> __device__ __forceinline__ vo
 
 struct Sum {
     template <typename T> __device__ __forceinline__ T operator()(T a, T b) const { return a + b; }
+    __device__ __forceinline__ float2 operator()(float2 a, float2 b) const { return make_float2(a.x + b.x, a.y + b.y); }
 };
 
 struct Max {
     __device__ __forceinline__ float operator()(float a, float b) const { return fmaxf(a, b); }
 };
 
+// The value of the lane whose number differs by `step`, a power of 2.
+template <typename T> __device__ __forceinline__ T across(T value, int step) {
+    return __shfl_xor_sync(ALL_LANES, value, step);
+}
+__device__ __forceinline__ float2 across(float2 value, int step) {
+    return make_float2(across(value.x, step), across(value.y, step));
+}
+
 // Of the values of a warp's lanes, which all take part, in a fixed order; every lane gets the result.
 template <typename Op, typename T> __device__ __forceinline__ T warp_reduce(T value) {
 #pragma unroll
-    for (int step = WARP / 2; step > 0; step /= 2) value = Op()(value, __shfl_xor_sync(ALL_LANES, value, step));
+    for (int step = WARP / 2; step > 0; step /= 2) value = Op()(value, across(value, step));
     return value;
 }
 

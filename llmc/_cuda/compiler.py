@@ -22,7 +22,7 @@ from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_void_p
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llmc._cuda import device, driver
+from llmc._cuda import device, driver, gpu
 from llmc.errors import DeviceError
 
 FOLDER = Path(__file__).parent
@@ -215,7 +215,7 @@ def _find(driver_version: int | None) -> NVRTC | NVCC:
         needed = newer[0].version[0]
         first = DRIVERS.get(needed, DRIVERS[max(DRIVERS)])
         raise DeviceError(
-            f"the NVIDIA driver is too old: it runs CUDA {device.cuda_version(driver_version)}, and what "
+            f"the NVIDIA driver is too old: it runs CUDA {gpu.cuda_version(driver_version)}, and what "
             f"{newer[0].name} compiles needs CUDA {needed}.0, which is driver {first} or newer"
         )
     raise DeviceError(f"there is no compiler for CUDA, neither NVRTC nor nvcc: {INSTALL}")

@@ -13,27 +13,21 @@ from __future__ import annotations
 import atexit
 import collections
 import functools
-import importlib.util
 import math
 import operator
 import os
-import re
 import threading
-import warnings
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from threading import get_ident
 from typing import Any, TypeVar
 
 import ml_dtypes  # noqa: F401 - makes NumPy know the name "bfloat16"
 import numpy as np
 
-from llmc._cuda import driver, transfer
-from llmc.errors import DeviceError, DeviceMemoryError, MissingDependencyError
+from llmc._cuda import driver, gpu, transfer
+from llmc.errors import DeviceError, DeviceMemoryError
 
 LIBRARY_NBYTES = 32 << 20  # what cuBLASLt may use beside its arguments, as much as it asks for on Hopper
-OLDEST = (7, 5)  # compute capability: the least that CUDA 13 compiles for
-INSTALL = "pip install 'llmc[cuda]'"
 
 # What `configure` has chosen; ops read these.
 storage: np.dtype[Any] = np.dtype(np.float32)  # of activations, weights and their gradients
@@ -51,18 +45,13 @@ class _Opened:
     """A GPU in use."""
 
     def __init__(self, index: int) -> None:
-        self.cuda = cuda = _import_pycuda()
+        self.cuda = cuda = gpu.import_pycuda()
         self.errors: type[Exception] = cuda.Error
-        self.driver_version: int = _driver_version(cuda)
-        _initialise(cuda)
-        self.index, self.gpu = index, _gpu(cuda, index)
+        self.driver_version: int = gpu.driver_version(cuda)
+        gpu.initialise(cuda)
+        self.index, self.gpu = index, gpu.find(cuda, index)
         self.name: str = self.gpu.name()
         self.capability: tuple[int, int] = tuple(self.gpu.compute_capability())
-        if self.capability < OLDEST:
-            raise DeviceError(
-                f"cuda:{index} ({self.name}) is of compute capability {_dotted(self.capability)}; "
-                f"llmc needs {_dotted(OLDEST)} or newer"
-            )
         attribute = cuda.device_attribute
         self.multiprocessors: int = self.gpu.get_attribute(attribute.MULTIPROCESSOR_COUNT)
         self.shared_limit: int = self.gpu.get_attribute(attribute.MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)
@@ -104,82 +93,6 @@ class _Opened:
 
 
 # ---- opening and closing ---------------------------------------------------------------------------
-
-
-def _import_pycuda() -> Any:
-    if importlib.util.find_spec("pycuda") is None:
-        raise MissingDependencyError(f"the device cuda needs PyCUDA: {INSTALL}")
-    try:
-        driver.load()
-    except OSError as error:
-        raise DeviceError(
-            "the NVIDIA driver is not installed, libcuda.so.1 was not found: install driver 580 or newer, until "
-            "nvidia-smi lists the GPU; a container has to be started with GPUs (docker run --gpus all)"
-        ) from error
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PyCUDA's guess at why it cannot be imported
-            import pycuda.driver as cuda
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError(f"PyCUDA needs {error.name}: {INSTALL}") from error
-    except ImportError as error:
-        if re.search(r"undefined symbol: cu[A-Z]", str(error)):
-            raise DeviceError(f"the NVIDIA driver is too old for PyCUDA ({error}); it must be 580 or newer") from error
-        again = "pip install --force-reinstall --no-cache-dir --no-binary pycuda pycuda"
-        raise DeviceError(f"PyCUDA cannot be loaded ({error}); build it anew: {again}") from error
-    return cuda
-
-
-def _driver_version(cuda: Any) -> int:
-    """The newest CUDA that the driver knows: 13000 is 13.0."""
-    try:
-        return int(cuda.get_driver_version())
-    except cuda.Error as error:
-        raise DeviceError(f"the NVIDIA driver does not answer: {error}") from error
-
-
-def _initialise(cuda: Any) -> None:
-    try:
-        cuda.init()
-    except cuda.Error as error:
-        if "no CUDA-capable device" in str(error):
-            raise DeviceError(_no_gpu()) from error
-        raise DeviceError(f"the NVIDIA driver cannot be initialised: {error}") from error
-
-
-def _no_gpu() -> str:
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    why = f"CUDA_VISIBLE_DEVICES is {hidden!r}" if hidden is not None else "nvidia-smi lists those that the driver sees"
-    return f"there is no GPU to use: {why}"
-
-
-def _gpu(cuda: Any, index: int) -> Any:
-    count = cuda.Device.count()
-    if count == 0:
-        raise DeviceError(_no_gpu())
-    if index >= count:
-        have = "cuda:0 is the only GPU" if count == 1 else f"the GPUs are cuda:0 to cuda:{count - 1}"
-        raise DeviceError(f"there is no cuda:{index}: {have}")
-    return cuda.Device(index)
-
-
-def cuda_version(number: int) -> str:
-    """13000 -> 13.0."""
-    return f"{number // 1000}.{number % 1000 // 10}"
-
-
-def driver_name(number: int) -> str:
-    """580.82.07 (CUDA 13.0), or only the latter where the system does not tell."""
-    try:
-        found = re.search(r"\s(\d+\.[\d.]+)\s", Path("/proc/driver/nvidia/version").read_text())
-    except OSError:
-        found = None
-    cuda = f"CUDA {cuda_version(number)}"
-    return f"{found[1]} ({cuda})" if found else cuda
-
-
-def _dotted(version: Sequence[int]) -> str:
-    return ".".join(map(str, version))
 
 
 def open_gpu(index: int) -> None:
@@ -414,9 +327,9 @@ class DeviceArray:
         """A view, of no axes where every axis has an index."""
         keys = key if isinstance(key, tuple) else (key,)
         for part in keys:
-            if part is not Ellipsis and not isinstance(part, slice) and (
-                isinstance(part, bool) or not hasattr(part, "__index__") or np.ndim(part)
-            ):
+            if part is None or part is Ellipsis or isinstance(part, slice):
+                continue
+            if isinstance(part, bool) or not hasattr(part, "__index__") or np.ndim(part):
                 raise TypeError(f"an array of the GPU is indexed with integers and slices, not {part!r}")
         if Ellipsis not in keys:
             keys = (*keys, Ellipsis)  # NumPy would read the value itself where no axis is left

@@ -12,6 +12,7 @@ constexpr int TILE = 512;   // tokens that a block of the sort handles
 constexpr int PARTS = 4;    // of all tiles, for the sums over them
 constexpr int ROWS = 32;    // sorted rows that a block sums
 constexpr int AHEAD = 4;    // rows that are loaded at a time
+constexpr int OFFSETS_THREADS = DIGITS * PARTS;
 
 // A block of (32, y) threads: a warp for each token.
 template <int N>
@@ -76,7 +77,7 @@ extern "C" __global__ void __launch_bounds__(DIGITS)
 
 // counts[tile][digit] becomes the place of the first such pair of the tile: after all of lower digits, and those of
 // this digit in earlier tiles.  One block of (DIGITS, PARTS) threads, a part of the tiles to each row.
-extern "C" __global__ void __launch_bounds__(DIGITS *PARTS) digit_offsets(int *counts, int tiles) {
+extern "C" __global__ void __launch_bounds__(OFFSETS_THREADS) digit_offsets(int *counts, int tiles) {
     __shared__ int sums[PARTS][DIGITS];
     __shared__ int before[DIGITS];
     int digit = threadIdx.x, part = threadIdx.y, size = (tiles + PARTS - 1) / PARTS;

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 
-from llmc._cuda import compiler, cublaslt, cudnn, device
+from llmc._cuda import compiler, cublaslt, cudnn, device, gpu
 from llmc.errors import LlmcError
 
 
@@ -49,7 +49,7 @@ def _pycuda() -> str:
     try:
         return version("pycuda")
     except PackageNotFoundError:
-        return f"not installed: {device.INSTALL}"
+        return f"not installed: {gpu.INSTALL}"
 
 
 def _attention() -> str:

@@ -3,7 +3,8 @@
 //     out = (x - mean) rstd w + b,  rstd = 1 / sqrt(var + eps), along rows of C channels
 //
 // A row lies in the registers of `blockDim.x` threads (whole warps), at most HELD packs of 16 bytes in each, so that it
-// is read once, and mean and variance are two exact passes over what is held.  blockDim.y rows share a block.
+// is read once, and mean and variance are two exact passes over what is held; in the second the mean is refined by the
+// mean of what is left, so that a large common offset costs no digits.  blockDim.y rows share a block.
 //
 // Kernels whose names end in _any take every width and every alignment: a warp for each row, which it reads again.
 #include "common.cuh"
@@ -22,8 +23,8 @@ struct Place {
         warp = first + threadIdx.x / WARP;
     }
 
-    __device__ __forceinline__ float sum(float value, float *scratch) const {
-        return group_reduce<Sum>(value, scratch, warp, first, warps);
+    template <typename T> __device__ __forceinline__ T sum(T value, float2 *scratch) const {
+        return group_reduce<Sum>(value, reinterpret_cast<T *>(scratch), warp, first, warps);
     }
 };
 
@@ -33,7 +34,7 @@ struct Place {
 template <bool RESIDUAL>
 __device__ __forceinline__ void forward(floatX *total, floatX *out, float *mean, float *rstd, const floatX *x,
                                         const floatX *branch, const floatX *__restrict__ w,
-                                        const floatX *__restrict__ b, int M, int C, float eps, float *scratch) {
+                                        const floatX *__restrict__ b, int M, int C, float eps, float2 *scratch) {
     Place at;
     int packs = at.row < M ? C / PACK : 0;
     size_t start = static_cast<size_t>(at.row) * C;
@@ -59,14 +60,19 @@ __device__ __forceinline__ void forward(floatX *total, floatX *out, float *mean,
         if (RESIDUAL) store<PACK>(total + start + i * PACK, v[k]);
     }
     float m = at.sum(sum, scratch) / C;
-    float squares = 0.0f;
+    float2 rest = make_float2(0.0f, 0.0f); // the sums of x - m and of its square
 #pragma unroll
     for (int k = 0; k < HELD; k++) {
         if (threadIdx.x + k * blockDim.x >= packs) continue;
 #pragma unroll
-        for (int j = 0; j < PACK; j++) squares += (v[k][j] - m) * (v[k][j] - m);
+        for (int j = 0; j < PACK; j++) {
+            v[k][j] -= m;
+            rest.x += v[k][j];
+            rest.y += v[k][j] * v[k][j];
+        }
     }
-    float r = 1.0f / sqrtf(at.sum(squares, scratch) / C + eps);
+    rest = at.sum(rest, scratch);
+    float d = rest.x / C, r = 1.0f / sqrtf(rest.y / C - d * d + eps);
 #pragma unroll
     for (int k = 0; k < HELD; k++) {
         int i = threadIdx.x + k * blockDim.x;
@@ -75,23 +81,23 @@ __device__ __forceinline__ void forward(floatX *total, floatX *out, float *mean,
         load<PACK>(scale, w + i * PACK);
         load<PACK>(shift, b + i * PACK);
 #pragma unroll
-        for (int j = 0; j < PACK; j++) v[k][j] = (v[k][j] - m) * r * scale[j] + shift[j];
+        for (int j = 0; j < PACK; j++) v[k][j] = (v[k][j] - d) * r * scale[j] + shift[j];
         store<PACK>(out + start + i * PACK, v[k]);
     }
-    if (threadIdx.x == 0 && at.row < M) mean[at.row] = m, rstd[at.row] = r;
+    if (threadIdx.x == 0 && at.row < M) mean[at.row] = m + d, rstd[at.row] = r;
 }
 
 extern "C" __global__ void __launch_bounds__(MOST_THREADS)
     layernorm_forward(floatX *out, float *mean, float *rstd, const floatX *x, const floatX *w, const floatX *b, int M,
                       int C, float eps) {
-    __shared__ float scratch[MOST_THREADS / WARP];
+    __shared__ float2 scratch[MOST_THREADS / WARP];
     forward<false>(nullptr, out, mean, rstd, x, nullptr, w, b, M, C, eps, scratch);
 }
 
 extern "C" __global__ void __launch_bounds__(MOST_THREADS)
     residual_layernorm_forward(floatX *total, floatX *out, float *mean, float *rstd, const floatX *x,
                                const floatX *branch, const floatX *w, const floatX *b, int M, int C, float eps) {
-    __shared__ float scratch[MOST_THREADS / WARP];
+    __shared__ float2 scratch[MOST_THREADS / WARP];
     forward<true>(total, out, mean, rstd, x, branch, w, b, M, C, eps, scratch);
 }
 
@@ -106,14 +112,19 @@ extern "C" __global__ void layernorm_forward_any(floatX *total, floatX *out, flo
         for (int i = threadIdx.x; i < C; i += WARP)
             total[start + i] = from_float<floatX>(to_float(x[start + i]) + to_float(branch[start + i]));
     const floatX *v = (total ? total : x) + start;
-    float sum = 0.0f, squares = 0.0f;
+    float sum = 0.0f;
     for (int i = threadIdx.x; i < C; i += WARP) sum += to_float(v[i]);
     float m = warp_sum(sum) / C;
-    for (int i = threadIdx.x; i < C; i += WARP) squares += (to_float(v[i]) - m) * (to_float(v[i]) - m);
-    float r = 1.0f / sqrtf(warp_sum(squares) / C + eps);
+    float2 rest = make_float2(0.0f, 0.0f);
+    for (int i = threadIdx.x; i < C; i += WARP) {
+        float left = to_float(v[i]) - m;
+        rest.x += left, rest.y += left * left;
+    }
+    rest = warp_sum(rest);
+    float d = rest.x / C, r = 1.0f / sqrtf(rest.y / C - d * d + eps);
     for (int i = threadIdx.x; i < C; i += WARP)
-        out[start + i] = from_float<floatX>((to_float(v[i]) - m) * r * to_float(w[i]) + to_float(b[i]));
-    if (threadIdx.x == 0) mean[row] = m, rstd[row] = r;
+        out[start + i] = from_float<floatX>((to_float(v[i]) - m - d) * r * to_float(w[i]) + to_float(b[i]));
+    if (threadIdx.x == 0) mean[row] = m + d, rstd[row] = r;
 }
 
 // With n = (x - mean) rstd and g = dout w:
@@ -128,7 +139,7 @@ extern "C" __global__ void layernorm_forward_any(floatX *total, floatX *out, flo
 extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)
     layernorm_backward(floatX *dx, float *partial, const floatX *dout, const floatX *x, const float *mean,
                        const float *rstd, const floatX *__restrict__ w, int M, int C, int rows) {
-    __shared__ float scratch[MOST_THREADS / WARP];
+    __shared__ float2 scratch[MOST_THREADS / WARP];
     SHARED(float, sums);
     Place at;
     int stop = min(M, (static_cast<int>(blockIdx.x) + 1) * rows);
@@ -151,7 +162,8 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)
             second[k] = i < packs ? load_16<Use::AGAIN>(x + start + i * PACK) : NOTHING;
             third[k] = i < packs ? load_16<Use::AGAIN>(dx + start + i * PACK) : NOTHING;
         }
-        float d[HELD][PACK], n[HELD][PACK], before[HELD][PACK], scale[PACK], sum = 0.0f, product = 0.0f;
+        float d[HELD][PACK], n[HELD][PACK], before[HELD][PACK], scale[PACK];
+        float2 sum = make_float2(0.0f, 0.0f); // of g, of g n
 #pragma unroll
         for (int k = 0; k < HELD; k++) {
             int i = threadIdx.x + k * blockDim.x;
@@ -166,18 +178,18 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)
                 dw[k][j] += d[k][j] * n[k][j];
                 db[k][j] += d[k][j];
                 d[k][j] *= scale[j]; // g from here on
-                sum += d[k][j];
-                product += d[k][j] * n[k][j];
+                sum.x += d[k][j];
+                sum.y += d[k][j] * n[k][j];
             }
         }
-        sum = at.sum(sum, scratch) / C;
-        product = at.sum(product, scratch) / C;
+        sum = at.sum(sum, scratch);
+        sum.x /= C, sum.y /= C;
 #pragma unroll
         for (int k = 0; k < HELD; k++) {
             int i = threadIdx.x + k * blockDim.x;
             if (i >= packs) continue;
 #pragma unroll
-            for (int j = 0; j < PACK; j++) before[k][j] += r * (d[k][j] - sum - n[k][j] * product);
+            for (int j = 0; j < PACK; j++) before[k][j] += r * (d[k][j] - sum.x - n[k][j] * sum.y);
             store<PACK>(dx + start + i * PACK, before[k]);
         }
     }
@@ -212,17 +224,17 @@ extern "C" __global__ void layernorm_backward_any(floatX *dx, const floatX *dout
     if (row >= M) return;
     size_t start = static_cast<size_t>(row) * C;
     dx += start, dout += start, x += start;
-    float m = mean[row], r = rstd[row], sum = 0.0f, product = 0.0f;
+    float m = mean[row], r = rstd[row];
+    float2 sum = make_float2(0.0f, 0.0f); // of g, of g n
     for (int i = threadIdx.x; i < C; i += WARP) {
         float g = to_float(dout[i]) * to_float(w[i]);
-        sum += g;
-        product += g * ((to_float(x[i]) - m) * r);
+        sum.x += g, sum.y += g * ((to_float(x[i]) - m) * r);
     }
-    sum = warp_sum(sum) / C;
-    product = warp_sum(product) / C;
+    sum = warp_sum(sum);
+    sum.x /= C, sum.y /= C;
     for (int i = threadIdx.x; i < C; i += WARP) {
         float g = to_float(dout[i]) * to_float(w[i]), n = (to_float(x[i]) - m) * r;
-        dx[i] = from_float<floatX>(to_float(dx[i]) + r * (g - sum - n * product));
+        dx[i] = from_float<floatX>(to_float(dx[i]) + r * (g - sum.x - n * sum.y));
     }
 }
 

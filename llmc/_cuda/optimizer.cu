@@ -55,10 +55,11 @@ extern "C" __global__ void __launch_bounds__(1024) norm_of_sums(double *norm, co
     if (threadIdx.x == 0) *norm = sqrt(sum);
 }
 
+__device__ __forceinline__ bool is_finite(double x) { return x - x == 0.0; }
+
 extern "C" __global__ void clip_scale(double *scale, const double *norm, const double *loss, double limit) {
-    double both = *norm + *loss;
-    if (both - both != 0.0)
-        *scale = both - both; // neither inf nor nan less itself is 0
+    if (!is_finite(*norm) || !is_finite(*loss))
+        *scale = *norm - *norm + (*loss - *loss); // nan
     else
         *scale = 0.0 < limit && limit < *norm ? limit / *norm : 1.0;
 }
@@ -120,7 +121,7 @@ __device__ __forceinline__ void adamw(W *w, float *m, float *v, const floatX *dw
                                       unsigned long long seed, int count, int aligned, const Spans &spans,
                                       Step *shared) {
     double factor = *scale, t = hyper[1];
-    if (factor - factor != 0.0) return; // inf or nan: nothing is changed
+    if (!is_finite(factor)) return; // nothing is changed
     if (threadIdx.x == 0)
         *shared = {static_cast<float>(hyper[0]),
                    static_cast<float>(factor),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from llmc._cuda import check, device, linear, philox
+from llmc._cuda import check, device, head, linear, packs, philox
 from llmc._cuda.device import DeviceArray
 
 CACHES = 8  # sizes of the L2 cache that a copy's two arrays take together
@@ -70,6 +70,17 @@ def product(use: str, out: DeviceArray, a: DeviceArray, b: DeviceArray) -> None:
     check.expect("b", b.shape, (N, K) if tb else (K, N))
     check.expect("out", out.shape, (M, N))
     linear.gemm(out, a, b, M, N, K, ta=ta, tb=tb)
+
+
+def classifier(
+    logits: DeviceArray, losses: DeviceArray, targets: DeviceArray, V: int, scale: float
+) -> None:  # fmt: skip
+    """The part of `head_loss` that is no product: losses (B,T), and logits (B T,Vp) become their own gradient."""
+    M, rows = check.matrix("logits", logits).shape
+    check.expect("losses", check.matrix("losses", losses, "float32").shape, targets.shape)
+    check.expect("targets", (check.ids("targets", targets, V).size,), (M,))
+    kernel = head.CLASSIFIER if rows % packs.elements() == 0 else head.CLASSIFIER_ANY
+    kernel(M, head.THREADS, logits, losses, targets, V, rows, scale, True)
 
 
 def _copy(memory: DeviceArray, half: int) -> None:

@@ -8,8 +8,8 @@ PyCUDA is imported.
 Environment: SIMULATION_ORDER (forward, reverse, shuffle) and SIMULATION_SEED: which thread runs next;
 SIMULATION_STREAMS=lazy: work waits until somebody waits for it; SIMULATION_PLACE=start: allocations begin, and do not
 end, at a forbidden page; SIMULATION_SANITIZE=1: kernels under AddressSanitizer and UBSan (see `sanitized`);
-SIMULATION_DEVICES, _CAPABILITY, _MULTIPROCESSORS, _DRIVER, _MEMORY, _NAME: what the GPU is; SIMULATION_FAULT: what fails
-(driver.cpp); SIMULATION_CACHE: where compiled objects are kept.
+SIMULATION_DEVICES, _CAPABILITY, _MULTIPROCESSORS, _DRIVER, _MEMORY, _NAME: what the GPU is; SIMULATION_FAULT: what
+fails (driver.cpp); SIMULATION_CACHE: where compiled objects are kept.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class Unavailable(Exception):
 def compiler() -> str:
     """g++, or what SIMULATION_CXX names."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
-        raise Unavailable(f"the simulated GPU needs Linux on x86-64, and this is {sys.platform} on {platform.machine()}")
+        here = f"{sys.platform} on {platform.machine()}"
+        raise Unavailable(f"the simulated GPU needs Linux on x86-64, and this is {here}")
     found = shutil.which(os.environ.get("SIMULATION_CXX") or "g++")
     if not found:
         raise Unavailable("the simulated GPU needs g++ (Debian, Ubuntu: apt install g++)")
@@ -54,7 +55,8 @@ def build() -> Path:
     cxx = compiler()
     sources = sorted([Path(__file__), *FOLDER.glob("*.cpp"), *FOLDER.glob("*.h"), *FOLDER.glob("*.cuh")])
     version = subprocess.run([cxx, "--version"], capture_output=True, check=True).stdout
-    parts = [str(FOLDER).encode(), version, *(text for path in sources for text in (path.name.encode(), path.read_bytes()))]
+    texts = (text for path in sources for text in (path.name.encode(), path.read_bytes()))
+    parts = [str(FOLDER).encode(), version, *texts]
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     cache = Path(tempfile.gettempdir()) / f"llmc-simulation-{os.getuid()}" / key
     libraries = cache / "lib"

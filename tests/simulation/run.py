@@ -1,11 +1,11 @@
-"""One kernel of a `.cu` file on NumPy arrays, through the fake NVRTC and libcuda alone, without PyCUDA and llmc/_cuda."""
+"""Kernels on NumPy arrays through the simulated NVRTC and libcuda alone, without PyCUDA and llmc/_cuda."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 from collections.abc import Sequence
-from ctypes import byref, c_char_p, c_int, c_size_t, c_uint, c_ulonglong, c_void_p
+from ctypes import byref, c_char_p, c_int, c_size_t, c_uint, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,6 @@ import simulation
 
 KERNELS = Path(__file__).parents[2] / "llmc" / "_cuda"
 ARCHITECTURE = "sm_90"
-
-_TYPES = {"P": c_void_p, "i": c_int, "q": ctypes.c_longlong, "Q": c_ulonglong, "f": ctypes.c_float, "d": ctypes.c_double}
 
 
 class KernelError(Exception):

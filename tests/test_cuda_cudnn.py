@@ -1,0 +1,233 @@
+"""Attention by cuDNN: what its frontend is asked for, on the simulated GPU with a stand-in for the frontend."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import cudnn_standin
+import ml_dtypes
+import numpy as np
+import pytest
+import reference
+import simulation
+from cudnn_standin import Made
+
+from llmc import ops
+from llmc._cuda import cudnn, device
+from llmc.errors import DeviceError
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+Host = np.ndarray[Any, Any]
+
+
+@pytest.fixture
+def made() -> Iterator[Made]:
+    """The graphs that the stand-in was asked for; the backend is set to bf16."""
+    if os.environ.get("LLMC_TEST_CUDA") == "device":
+        pytest.skip("the stand-in computes on the simulated GPU")
+    try:
+        library = simulation.load()
+    except simulation.Unavailable as reason:
+        pytest.skip(str(reason))
+    with cudnn_standin.installed(library) as made:
+        ops.load("cuda", dtype="bf16")
+        yield made
+        device.synchronize()
+        assert made.wrong == []
+    ops.load("cuda", dtype="fp32")
+
+
+def placed(values: Host) -> device.DeviceArray:
+    x = device.empty(values.shape, values.dtype.name)
+    x[...] = values
+    return x
+
+
+def arrays(B: int, T: int, H: int, D: int) -> tuple[device.DeviceArray, ...]:
+    """out, lse and qkv (or dqkv), of zeros."""
+    shapes = ((B, T, H * D), "bfloat16"), ((B, H, T), "float32"), ((B, T, 3 * H * D), "bfloat16")
+    return tuple(device.empty(*what) for what in shapes)
+
+
+def rounded(rng: np.random.Generator, *shape: int) -> Host:
+    return rng.standard_normal(shape).astype(BFLOAT16)
+
+
+def attended(qkv: Host, H: int) -> tuple[Host, Host]:
+    """out and lse in float64."""
+    B, T, C = *qkv.shape[:2], qkv.shape[2] // 3
+    out, lse = np.empty((B, T, C)), np.empty((B, H, T))
+    reference.attention_forward(out, lse, qkv)
+    return out, lse
+
+
+def assert_rounded(found: Host, expected: Host, slack: float = 0.0) -> None:
+    """Within half a unit of the last place of bfloat16, which has 8 bits, and `slack` of the largest."""
+    limit = 2.0**-8 * np.abs(expected) + slack * np.abs(expected).max()
+    assert (np.abs(found.astype(np.float64) - expected) <= limit).all()
+
+
+SHAPES = [(2, 17, 3, 16), (1, 33, 2, 64), (3, 1, 1, 8)]
+
+
+@pytest.mark.parametrize(("B", "T", "H", "D"), SHAPES)
+def test_both_passes(made: Made, rng: np.random.Generator, B: int, T: int, H: int, D: int) -> None:
+    qkv, dout = rounded(rng, B, T, 3 * H * D), rounded(rng, B, T, H * D)
+    out, lse, dqkv = arrays(B, T, H, D)
+    cudnn.forward(out, lse, placed(qkv))
+    expected, expected_lse = attended(qkv, H)
+    assert_rounded(np.asarray(out), expected)
+    np.testing.assert_allclose(np.asarray(lse), expected_lse, rtol=1e-6, atol=1e-6)
+
+    dqkv[...] = np.full(qkv.shape, np.nan)
+    cudnn.backward(dqkv, placed(dout), placed(qkv), out, lse)
+    gradient = np.empty(qkv.shape)
+    reference.attention_backward(gradient, dout, qkv, np.asarray(out), np.asarray(lse))
+    assert_rounded(np.asarray(dqkv), gradient, 1e-6)
+    assert made[1].runs == 1
+
+
+def test_what_is_asked(made: Made, rng: np.random.Generator) -> None:
+    """Views of qkv, float32 for lse, the causal bound, the scale, the deterministic backward pass."""
+    B, T, H, D = 2, 5, 3, 16
+    qkv = placed(rounded(rng, B, T, 3 * H * D))
+    out, lse, dqkv = arrays(B, T, H, D)
+    cudnn.forward(out, lse, qkv)
+    cudnn.backward(dqkv, out, qkv, out, lse)
+    forward, backward = made
+    C = H * D
+    packed, plain = [T * 3 * C, D, 3 * C, 1], [T * C, D, C, 1]
+    for graph in made:
+        assert graph.types == ("bfloat16", "float", "float")
+        node = graph.node
+        assert node["attn_scale"] == 1 / math.sqrt(D)
+        assert (node["diagonal_alignment"], node["diagonal_band_right_bound"]) == ("top_left", 0)
+        for name in "qkv":
+            assert (node[name].dim, node[name].stride) == ([B, H, T, D], packed)
+        assert graph.handle.stream == device.stream().handle
+    o, stats = forward.outputs["o"], forward.outputs["stats"]
+    assert forward.node["generate_stats"] and (o.dim, o.stride, o.virtual) == ([B, H, T, D], plain, False)
+    assert (stats.dim, stats.stride, stats.data_type) == ([B, H, T, 1], [H * T, T, 1, 1], "float")
+    assert backward.node["use_deterministic_algorithm"]
+    assert backward.node["o"].stride == backward.node["dO"].stride == plain
+    assert (backward.node["stats"].dim, backward.node["stats"].data_type) == ([B, H, T, 1], "float")
+    assert all(gradient.stride == packed for gradient in backward.outputs.values())
+    assert len(made.handles) == 1
+
+
+def test_plans_are_kept(made: Made, rng: np.random.Generator) -> None:
+    """One for each pass and shape, with its scratch; the values of a call are in none."""
+    for T in (4, 6, 4, 6):
+        qkv = rounded(rng, 1, T, 3 * 16)
+        out, lse, _ = arrays(1, T, 2, 8)
+        x = placed(qkv)
+        cudnn.forward(out, lse, x)
+        cudnn.backward(x, out, placed(qkv), out, lse)
+        assert_rounded(np.asarray(out), attended(qkv, 2)[0])
+    assert [graph.kind for graph in made] == ["sdpa", "sdpa_backward"] * 2
+    assert [graph.runs for graph in made] == [2] * 4
+
+
+def test_in_a_recording(made: Made, rng: np.random.Generator) -> None:
+    """Plans are made before the capture, and a replay attends to what lies there then."""
+    B, T, H, D = 2, 9, 2, 16
+    out, lse, qkv = arrays(B, T, H, D)
+    dout, _, dqkv = arrays(B, T, H, D)
+
+    def both() -> None:
+        cudnn.forward(out, lse, qkv)
+        cudnn.backward(dqkv, dout, qkv, out, lse)
+
+    replay = ops.load("cuda", dtype="bf16").record(both)
+    for _ in range(4):
+        values, gradient = rounded(rng, B, T, 3 * H * D), rounded(rng, B, T, H * D)
+        qkv[...], dout[...] = values, gradient
+        replay()
+        expected = np.empty(values.shape)
+        assert_rounded(np.asarray(out), attended(values, H)[0])
+        reference.attention_backward(expected, gradient, values, np.asarray(out), np.asarray(lse))
+        assert_rounded(np.asarray(dqkv), expected, 1e-6)
+    assert [graph.runs for graph in made] == [4, 4]
+
+
+def test_no_plan_in_a_capture(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, lse, qkv = arrays(1, 2, 1, 8)
+    monkeypatch.setattr(device.handle(), "capturing", True)
+    with pytest.raises(DeviceError, match="recording"):
+        cudnn.forward(out, lse, qkv)
+    assert list(made) == []
+
+
+def test_what_cudnn_does_not_support(made: Made) -> None:
+    """Its own words, on one line, with the size and the way out."""
+    out, lse, qkv = arrays(1, 2, 1, 12)
+    for _ in range(2):
+        with pytest.raises(DeviceError) as caught:
+            cudnn.forward(out, lse, qkv)
+        assert str(caught.value) == (
+            "cuDNN's attention, B=1 T=2, 1 heads of 12: hidden_dim 12 is not supported "
+            "(--attention own does without it)"
+        )
+    with pytest.raises(TypeError, match="bfloat16"):
+        cudnn.forward(out, lse, device.empty((1, 2, 36), "float32"))
+
+
+@pytest.mark.parametrize(("B", "T", "H"), [(0, 3, 2), (2, 0, 2)])
+def test_nothing_to_attend_to(made: Made, B: int, T: int, H: int) -> None:
+    out, lse, qkv = arrays(B, T, H, 8)
+    cudnn.forward(out, lse, qkv)
+    cudnn.backward(qkv, out, qkv, out, lse)
+    assert list(made) == []
+
+
+# ---- is it there -----------------------------------------------------------------------------------
+
+
+def test_the_default(made: Made) -> None:
+    """cuDNN's in bf16 where it is to be had."""
+    for dtype, attention, found in (
+        ("bf16", None, "cudnn"), ("bf16", "own", "own"), ("fp32", None, "own"), ("tf32", None, "own"),
+    ):  # fmt: skip
+        assert ops.load("cuda", dtype=dtype, attention=attention).info()["attention"] == found
+
+
+def test_available() -> None:
+    library = None
+    for number, said in ((91300, "9.13.0, frontend "), (90105, "9.1.5, frontend "), (80907, None), (0, None)):
+        with cudnn_standin.installed(library, number):
+            found = cudnn.available()
+            assert found is None if said is None else found is not None and found.startswith(said)
+
+
+def test_an_import_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever comes out of it."""
+    class Broken(ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            raise SystemError("no")
+
+    broken = Broken("cudnn")
+    broken.__spec__ = object()  # type: ignore[assignment]
+    monkeypatch.setitem(sys.modules, "cudnn", broken)
+    cudnn.available.cache_clear()
+    assert cudnn.available() is None
+    monkeypatch.setitem(sys.modules, "cudnn", None)
+    cudnn.available.cache_clear()
+    assert cudnn.available() is None
+    cudnn.available.cache_clear()
+
+
+def test_graphs_of_the_real_frontend() -> None:
+    """It takes what it is asked for, as far as it can tell without cuDNN."""
+    frontend = pytest.importorskip("cudnn")
+    shape = cudnn._Shape(2, 3, 17, 64)
+    for build in (cudnn._build_forward, cudnn._build_backward):
+        try:
+            graph = build(None, shape)
+        except RuntimeError as error:  # older ones need the library for that
+            pytest.skip(f"frontend {frontend.__version__}: {error}")
+        graph.validate()
