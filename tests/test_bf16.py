@@ -154,14 +154,14 @@ def test_linear_backward(
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("B, T, K, N", GELU_SHAPES)
 def test_gelu_linear_backward(
-    ops_bf16: ModuleType, rng: Generator, B: int, T: int, K: int, N: int, shared: bool
+    each_isa_bf16: ModuleType, rng: Generator, B: int, T: int, K: int, N: int, shared: bool
 ) -> None:
-    """Only the product is of bf16: GELU's slope is taken at pre as it is."""
+    """Only the product is of bf16, and dpre is float32 throughout: GELU's slope is taken at pre as it is."""
     pre, w, dout = floats(rng, B, T, K, scale=2), numbers(rng, N, K), numbers(rng, B, T, N)
     dw, db, x = floats(rng, N, K), floats(rng, N), numbers(rng, B, T, K)
     bounds = gelu_linear_bounds(dw, db, dout, pre, x, w, shared)
     values = (blank(B, T, K), dw, db, dout, pre, x, w, shared)
-    check(ops_bf16, "gelu_linear_backward", values, bounds, {"dpre": "x"} if shared else {})
+    check(each_isa_bf16, "gelu_linear_backward", values, bounds, {"dpre": "x"} if shared else {})
 
 
 @pytest.mark.parametrize("B, T, H, width", ATTENTION + HEAVY_ATTENTION)
@@ -223,7 +223,8 @@ def test_training_keeps_up_with_fp32(cpu: ModuleType) -> None:
         model.initialise(seed=3)
         model.prepare(8, 64)
         assert model.grads is not None
-        optimizer = AdamW(model.params.table, model.params, model.grads, cpu, beta2=0.95, weight_decay=0.1, grad_clip=1.0)
+        settings = {"beta2": 0.95, "weight_decay": 0.1, "grad_clip": 1.0}
+        optimizer = AdamW(model.params.table, model.params, model.grads, cpu, **settings)
         data, losses = Stories(8, 64, seed=1, split="train"), []
         for step in range(400):
             x, y = data.next()
