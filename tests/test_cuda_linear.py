@@ -39,7 +39,8 @@ SHAPES = [
 def way(request: pytest.FixtureRequest, cuda: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A precision, who multiplies and on what, set and set back."""
     before = {name: cuda.info()[name] for name in ("dtype", "gemm", "attention")}
-    cuda.configure(dtype=request.param.split()[0], gemm="own" if request.param.endswith("own") else "cublaslt")
+    multiplies = "own" if request.param.endswith("own") else "cublaslt"
+    cuda.configure(dtype=request.param.split()[0], gemm=multiplies, attention="own")
     cuda.reserve(64, 64, 64, 1024, 1)
     if request.param.endswith("Hopper"):
         monkeypatch.setattr(device, "capability", lambda: AMPERE)
@@ -228,10 +229,11 @@ def test_gemm(
 @pytest.mark.parametrize("beta", [0, 1])
 @pytest.mark.parametrize("M, N, K", [(0, 3, 4), (3, 0, 4), (3, 4, 0), (0, 0, 0)])
 def test_gemm_of_nothing(cuda: ModuleType, way: str, M: int, N: int, K: int, beta: int) -> None:
-    """An empty sum is 0."""
+    """An empty sum is 0, and the library is not asked for it."""
     out = put(np.full((M, N), 2.0)) if beta else nothing(M, N)
     linear.gemm(out, put(np.zeros((M, K))), put(np.zeros((K, N))), M, N, K, beta=beta)
     assert (get(out) == 2 * beta).all()
+    assert linear.declined() == []
 
 
 def test_rows_off_their_alignment(cuda: ModuleType, way: str, rng: Generator) -> None:
