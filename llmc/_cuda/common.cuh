@@ -4,6 +4,10 @@
 
 #include "ptx.cuh"
 
+#ifndef INFINITY // NVRTC has no <math.h>
+#define INFINITY __int_as_float(0x7F800000)
+#endif
+
 #ifndef STORAGE_BF16
 #define STORAGE_BF16 0
 #endif
