@@ -49,10 +49,12 @@ def logits_and_bound(x: Array, w: Array, V: int) -> tuple[Array, Array]:
 
 
 def bounds_of(
-    dw: Array | None, x: Array, w: Array, targets: Array, V: int, scale: float, accumulate: bool
+    dw: Array | None, x: Array, w: Array, targets: Array, V: int, scale: float, accumulate: bool, stored: float = 0.0
 ) -> dict[str, Array]:
-    """An error of a logit is a relative error of its exponential; the largest logit cancels."""
+    """An error of a logit is a relative error of its exponential; the largest logit cancels.  `stored` is the relative
+    error of logits, and of their gradients, that are rounded to lie in memory."""
     logits, off = logits_and_bound(x, w, V)
+    off = off + stored * (np.abs(logits) + off)
     rows, table = (np.abs(array.astype(np.float64)) for array in (x.reshape(len(logits), x.shape[2]), w[:V]))
     tokens, chosen = np.arange(len(logits)), targets.reshape(-1)
     largest = logits.max(axis=-1, keepdims=True)
@@ -73,7 +75,7 @@ def bounds_of(
     ones = np.zeros(p.shape)
     ones[tokens, chosen] = 1
     dlogits_off = abs(scale) * (p * (relative + lse_off + 4 * UNIT) + 2 * UNIT * ones + FLUSHED)
-    dlogits_off += 2 * UNIT * dlogits
+    dlogits_off += 2 * UNIT * dlogits + stored * (dlogits + dlogits_off)
     before = np.abs(dw.astype(np.float64)) if accumulate else np.zeros(dw.shape)
     sums = UNIT * summed(len(logits))
     weights = sums * before

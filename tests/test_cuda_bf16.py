@@ -1,0 +1,384 @@
+"""Ops of a GPU, or a simulated one, that store bfloat16: all but linear layers and attention.
+
+Inputs are bf16 numbers, so the bounds of float32 hold (those of the op's own test file), and `stored` adds what it
+costs to round a result once.  What is one operation is held to the bit.  Threads run in both orders.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import on_device
+import pytest
+import reference
+from guard import PLACES, UNIT, Arguments, Array, blank, call, check, expect, floats, names, number, summed
+from numpy.random import Generator
+from on_device import Adapter
+from test_activation import gelu_backward_bound, gelu_forward_bound, whole_range
+from test_bf16 import BF16, hard_numbers, numbers, rounded
+from test_embed import tokens_for
+from test_head import bounds_of, logits_and_bound, padded, targets_for
+from test_norm import EPS, backward_bounds, forward_bounds
+from test_optimizer import Spans, Update, adamw_bounds, state
+from test_philox import bound as normal_bound
+
+SMALLEST = 2.0**-134  # half the smallest denormal bf16
+WORKSPACE = {"channels": 5000, "vocab_size": 512, "parameters": 1 << 20, "tokens": 1 << 14, "heads": 8}
+
+# Beside each other: scalars' and packs' kernels; one warp, several, and a row too wide to be held.
+WIDTHS = [1, 2, 7, 8, 9, 16, 17, 64, 65, 128, 136, 257, 264, 768, 776, 1024, 1536, 1544, 3080]
+WIDE = [pytest.param(2, 3, C, marks=pytest.mark.heavy) for C in (4608, 4616, 4999)]
+SHAPES = [(2, 3, C) for C in WIDTHS] + [(1, T, 24) for T in (1, 3, 4, 5, 15, 16, 17, 33, 131)] + [(0, 3, 8), (2, 0, 8)]
+LENGTHS = [0, 1, 7, 8, 9, 15, 16, 17, 63, 64, 65, 257, 1031, 4095, 4096, 4097, 8200, 16391]
+
+
+@pytest.fixture(params=["forward", "reverse"])
+def ops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Adapter]:
+    """CUDA in bf16; a real GPU runs threads as it likes, once."""
+    if on_device.require() == "device" and request.param != "forward":
+        pytest.skip("only the simulated GPU can be told in which order threads run")
+    monkeypatch.setenv("SIMULATION_ORDER", request.param)
+    yield from on_device.configured("bf16", WORKSPACE)
+
+
+def stored(bound: Array | float, exact: Array) -> Array:
+    """The bound of a result that is rounded to bf16."""
+    return bound + BF16 * (np.abs(exact) + bound) + SMALLEST
+
+
+def check_stored(
+    ops: Adapter, op: str, values: Sequence[Any], bounds: Mapping[str, Array | float],
+    alias: dict[str, str] | None = None,
+) -> dict[str, Array]:
+    """`check` with the bounds of float32, widened for outputs of the storage type."""
+    arguments = dict(zip(names(op), values, strict=True))
+    exact = expect(op, arguments)
+    narrow = {name for name in bounds if on_device.stored(op, name, arguments)}
+    return check(ops, op, values, {
+        name: stored(bound, exact[name]) if name in narrow else bound for name, bound in bounds.items()
+    }, alias)  # fmt: skip
+
+
+def device_array(ops: Adapter, values: Array, dtype: str) -> Any:
+    """An array of the GPU, of a type that the adapter would not choose."""
+    x = ops.empty(values.shape, dtype)
+    x[...] = values.astype(dtype)
+    return x
+
+
+# ---- activation ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+def test_gelu(ops: Adapter, rng: Generator, n: int) -> None:
+    x, dout = rounded(floats(rng, n, scale=3)), numbers(rng, n)
+    for alias in ({}, {"out": "x"}):
+        check_stored(ops, "gelu_forward", (blank(n), x), {"out": gelu_forward_bound(x)}, alias)
+    for alias in ({}, {"dx": "dout"}):
+        check_stored(ops, "gelu_backward", (blank(n), dout, x), {"dx": gelu_backward_bound(dout, x)}, alias)
+
+
+def test_gelu_of_every_bf16(ops: Adapter) -> None:
+    """All 65,536 of them but NaN and infinity, those that round beyond the largest left out."""
+    x = (np.arange(1 << 16, dtype=np.uint32) << 16).view(np.float32)
+    x = x[np.isfinite(x)]
+    ones = np.ones_like(x)
+    check_stored(ops, "gelu_forward", (x, x), {"out": gelu_forward_bound(x)})
+    moderate = np.abs(x) < 1e12  # the reference's x^3 and x^2
+    check_stored(
+        ops, "gelu_backward", (x[moderate], ones[moderate], x[moderate]),
+        {"dx": gelu_backward_bound(ones[moderate], x[moderate])},
+    )
+    assert len(whole_range()) > 100  # and float32's range is test_activation's
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+def test_residual(ops: Adapter, rng: Generator, n: int) -> None:
+    x, branch = numbers(rng, n), rounded(floats(rng, n, scale=0.1))
+    for alias in ({}, {"out": "x"}, {"out": "branch"}):
+        found = check_stored(ops, "residual_forward", (blank(n), x, branch), {"out": UNIT * np.abs(x + branch)}, alias)
+        np.testing.assert_array_equal(found["out"], rounded(x + branch))
+
+
+def test_copy_rounds(ops: Adapter, rng: Generator) -> None:
+    """To nearest, ties to even; NaN stays NaN with any payload, and what is too large becomes infinite."""
+    x = hard_numbers(rng)
+    more = np.array([0x7F800001, 0xFFC00000, 0x7FFFFFFF, 1, 0x8000, 0x8001], np.uint32)
+    x = np.concatenate([x, more.view(np.float32)])
+    for count in (len(x), 8, 7, 1, 0):
+        arguments: Arguments = {"out": blank(count), "x": x[:count].copy()}
+        for place in PLACES:
+            found = call(ops, "copy", arguments, place, {})["out"]
+            np.testing.assert_array_equal(found, rounded(x[:count]))
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+def test_copy_and_zero_of_every_type(ops: Adapter, rng: Generator, n: int) -> None:
+    x = numbers(rng, n + 1)
+    for out, source in itertools.product(("bfloat16", "float32"), repeat=2):
+        for begin in (0, 1):  # at a multiple of 16 bytes, and not
+            a, b = device_array(ops, 0 * x, out), device_array(ops, x, source)
+            ops.copy(a[begin : begin + n], b[1 - begin : 1 - begin + n])
+            expected = 0 * x
+            expected[begin : begin + n] = x[1 - begin : 1 - begin + n]
+            np.testing.assert_array_equal(np.asarray(a, np.float32), expected)
+            ops.zero(b[begin : begin + n])
+            expected = x.copy()
+            expected[begin : begin + n] = 0
+            np.testing.assert_array_equal(np.asarray(b, np.float32), expected)
+
+
+# ---- layernorm -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("B, T, C", SHAPES + WIDE)
+def test_layernorm_forward(ops: Adapter, rng: Generator, B: int, T: int, C: int) -> None:
+    x, w, b = numbers(rng, B, T, C), numbers(rng, C), numbers(rng, C)
+    bounds = forward_bounds(x, w, b, EPS)
+    check_stored(ops, "layernorm_forward", (blank(B, T, C), blank(B, T), blank(B, T), x, w, b, EPS), bounds)
+
+
+@pytest.mark.parametrize("B, T, C", SHAPES + WIDE)
+def test_residual_layernorm_forward(ops: Adapter, rng: Generator, B: int, T: int, C: int) -> None:
+    """The sum to the bit; and the norm is that of the sum as it is stored."""
+    x, branch = numbers(rng, B, T, C), numbers(rng, B, T, C)
+    w, b = numbers(rng, C), numbers(rng, C)
+    total, out, mean, rstd = rounded(x + branch), np.empty(x.shape), np.empty((B, T)), np.empty((B, T))
+    reference.layernorm_forward(out, mean, rstd, total, w, b, EPS)
+    bounds = forward_bounds(total, w, b, EPS)
+    given = (blank(B, T, C), blank(B, T, C), blank(B, T), blank(B, T), x, branch, w, b, EPS)
+    for alias in ({}, {"total": "x"}, {"total": "branch"}):
+        for place in PLACES:
+            arguments = dict(zip(names("residual_layernorm_forward"), given, strict=True))
+            found = call(ops, "residual_layernorm_forward", arguments, place, alias)
+            np.testing.assert_array_equal(found["total"], total)
+            assert (np.abs(found["out"] - out) <= stored(bounds["out"], out)).all()
+            assert (np.abs(found["mean"] - mean) <= bounds["mean"]).all()
+            assert (np.abs(found["rstd"] - rstd) <= bounds["rstd"]).all()
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("B, T, C", [*SHAPES, (3, 67, 40), (3, 67, 9), (1, 70, 1040), *WIDE])
+def test_layernorm_backward(ops: Adapter, rng: Generator, B: int, T: int, C: int, accumulate: bool) -> None:
+    x, w = numbers(rng, B, T, C), numbers(rng, C)
+    mean, rstd = blank(B, T), blank(B, T)
+    reference.layernorm_forward(np.empty(x.shape), mean, rstd, x, w, w, EPS)
+    given = (numbers(rng, B, T, C), numbers(rng, C), numbers(rng, C), numbers(rng, B, T, C), x, mean, rstd, w)
+    check_stored(ops, "layernorm_backward", (*given, accumulate), backward_bounds(*given, accumulate))
+
+
+# ---- embedding -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("B, T, C", [(2, 3, C) for C in WIDTHS[:13]] + [(1, 33, 24), (5, 7, 8), (0, 3, 8), (2, 0, 8)])
+def test_embedding(ops: Adapter, rng: Generator, B: int, T: int, C: int) -> None:
+    """Forward is one addition, and to the bit; backward sums in float32 and rounds once."""
+    V, Vp = 7, 16
+    tokens, wte, wpe = tokens_for(rng, B, T, V), numbers(rng, Vp, C), numbers(rng, T + 5, C)
+    exact = wte[tokens] + wpe[2 : T + 2]
+    found = check_stored(
+        ops, "embedding_forward", (blank(B, T, C), tokens, wte, wpe, V, 2), {"out": UNIT * np.abs(exact)}
+    )
+    np.testing.assert_array_equal(found["out"], rounded(exact))
+    dout = numbers(rng, B, T, C)
+    for accumulate in (False, True):
+        check_embedding_backward(ops, numbers(rng, Vp, C), numbers(rng, T + 3, C), dout, tokens, accumulate)
+
+
+@pytest.mark.parametrize("V, B, T, C", [(5, 3, 700, 8), (300, 2, 1100, 7), (70000, 2, 600, 8), (1, 1, 2300, 9)])
+def test_embedding_of_many_tokens(ops: Adapter, rng: Generator, V: int, B: int, T: int, C: int) -> None:
+    """Several tiles of the sort, one, two and three of its passes; tokens whose sums are spread over many blocks."""
+    tokens = np.minimum(rng.geometric(0.02 if V > 5 else 0.7, (B, T)) - 1, V - 1).astype(np.int32)
+    tokens[:, ::3] = rng.integers(0, V, tokens[:, ::3].shape)
+    check_embedding_backward(ops, numbers(rng, V, C), numbers(rng, T, C), numbers(rng, B, T, C), tokens, False)
+
+
+def check_embedding_backward(
+    ops: Adapter, dwte: Array, dwpe: Array, dout: Array, tokens: Array, accumulate: bool
+) -> None:
+    T, magnitude = tokens.shape[1], np.abs(dout.astype(np.float64))
+    by_token = np.abs(dwte.astype(np.float64))
+    np.add.at(by_token, tokens, magnitude)
+    by_position = np.abs(dwpe.astype(np.float64)) if accumulate else np.zeros(dwpe.shape)
+    by_position[:T] += magnitude.sum(axis=0)
+    most = int(np.bincount(tokens.ravel(), minlength=1).max())
+    bounds = {"dwte": UNIT * summed(most) * by_token, "dwpe": UNIT * summed(len(tokens)) * by_position}
+    found = check_stored(ops, "embedding_backward", (dwte, dwpe, dout, tokens, accumulate), bounds)
+    unused = np.setdiff1d(np.arange(len(dwte)), tokens)
+    np.testing.assert_array_equal(found["dwte"][unused], dwte[unused])
+
+
+# ---- head ------------------------------------------------------------------------------------------
+
+# The last: more tokens than a chunk holds, whose logits exist at a time.
+HEADS = [(1, 5, 6, V) for V in (1, 2, 7, 8, 9, 63, 65, 257)] + [(2, 3, C, 19) for C in (1, 7, 8, 17, 64)]
+HEADS += [(3, 11, 37, 101), (0, 3, 8, 5), (2, 0, 8, 5), (1, 4200, 8, 5)]
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("B, T, C, V", HEADS)
+def test_head(ops: Adapter, rng: Generator, B: int, T: int, C: int, V: int, accumulate: bool) -> None:
+    """Logits and their gradients are rounded too.  dw is rounded once, whatever the number of chunks."""
+    x, w, targets = numbers(rng, B, T, C), rounded(padded(rng, V, C)), targets_for(rng, B, T, V)
+    dw, scale = numbers(rng, *w.shape), 1 / max(B * T, 1)
+    bounds = bounds_of(dw, x, w, targets, V, scale, accumulate, BF16)
+    given = (blank(B, T), blank(B, T, C), dw, x, w, targets, V, scale, accumulate)
+    for alias in ({}, {"dx": "x"}) if T < 100 else ({},):
+        found = check_stored(ops, "head_loss", given, bounds, alias)
+        np.testing.assert_array_equal(found["dw"][V:], dw[V:] if accumulate else 0)
+    check_stored(
+        ops, "head_loss", (blank(B, T), None, None, x, w, targets, V, scale, accumulate), {"losses": bounds["losses"]}
+    )
+    logits = logits_and_bound(x, w, V)[1].reshape(B, T, V)
+    check_stored(ops, "head_logits", (blank(B, T, V), x, w, V), {"logits": logits})
+
+
+def test_a_wide_vocabulary(ops: Adapter, rng: Generator) -> None:
+    """More logits than a block looks at at a time, with Vp of whole packs and not."""
+    for V in (16400, 16411):
+        x, w, targets = numbers(rng, 1, 2, 4), rounded(padded(rng, V, 4)), targets_for(rng, 1, 2, V)
+        dw = numbers(rng, *w.shape)
+        ops.reserve(**{**WORKSPACE, "vocab_size": len(w) + 1})
+        for rows in (len(w), V):
+            given = (blank(1, 2), blank(1, 2, 4), dw[:rows], x, w[:rows].copy(), targets, V, 0.5, False)
+            check_stored(ops, "head_loss", given, bounds_of(dw[:rows], x, w[:rows], targets, V, 0.5, False, BF16))
+
+
+# ---- optimizer -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+def test_norm(ops: Adapter, rng: Generator, n: int) -> None:
+    """Squares are exact in double, whichever type they are of."""
+    x = numbers(rng, n)
+    exact = math.sqrt(math.fsum(value * value for value in x.tolist()))
+    for place in PLACES:
+        found = call(ops, "global_norm", {"norm": number(), "x": x}, place, {})["norm"][0]
+        assert abs(found - exact) <= (n + 4) * 2.0**-53 * exact
+    single, norm = floats(rng, n), device_array(ops, number(), "float64")
+    ops.global_norm(norm, device_array(ops, single, "float32"))
+    exact = math.sqrt(math.fsum(value * value for value in single.tolist()))
+    assert abs(np.asarray(norm)[0] - exact) <= (n + 4) * 2.0**-53 * exact
+
+
+def arguments(
+    w: Array, m: Array, v: Array, dw: Array, copy: Array | None, u: Update, spans: Spans, seed: int
+) -> Arguments:
+    values = (w, m, v, dw, copy, number(u.lr, u.step), number(u.scale), spans, u.beta1, u.beta2, u.eps, seed)
+    return dict(zip(names("adamw_step"), values, strict=True))
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+def test_adamw_with_masters(ops: Adapter, rng: Generator, n: int) -> None:
+    """w, m and v are float32, whose bounds hold; the copy is w rounded to nearest, to the bit."""
+    w, m, v, dw = state(rng, n)
+    dw, u = rounded(dw), Update()
+    spans = [(0, n, u.weight_decay)]
+    bounds = adamw_bounds(w, m, v, dw, u)
+    given = arguments(w, m, v, dw, np.full(n, np.nan, np.float32), u, spans, 0)
+    found = check(
+        ops, "adamw_step", tuple(given.values()), {**bounds, "copy": bounds["w"] + BF16 * (1 + np.abs(w))}
+    )
+    np.testing.assert_array_equal(found["copy"], rounded(found["w"]))
+
+
+def random_halves(n: int, seed: int, t: int) -> Array:
+    """The 16 bits that are added to each element."""
+    i = np.arange(n, dtype=np.uint64)
+    g, j, h = i // 8, i // 2 % 4, i % 2
+    ones = np.ones_like(g)
+    words = np.stack(reference.philox((g % 2**32, g // 2**32, t * ones, ones), (seed % 2**32, seed // 2**32)))
+    return (words[j.astype(int), i.astype(int)] >> (16 * h) & np.uint64(0xFFFF)).astype(np.uint32)
+
+
+def decayed(ops: Adapter, w: Array, spans: Spans, seed: int, t: int, place: str = "end") -> Array:
+    """w after an update without gradients, moments and masters: w (1 - lr decay) rounded stochastically."""
+    n = len(w)
+    u = Update(lr=2.0**-11, step=t)
+    return call(ops, "adamw_step", arguments(w, blank(n), blank(n), blank(n), None, u, spans, seed), place, {})["w"]
+
+
+@pytest.mark.parametrize("seed, t", [(0, 1), (1, 1), (2**32 - 1, 2), (0x299F31D0A4093822, 70000), (2**64 - 1, 2**31)])
+@pytest.mark.parametrize("n", [1, 7, 8, 9, 64, 1031, 5000])
+def test_stochastic_rounding(ops: Adapter, rng: Generator, n: int, seed: int, t: int) -> None:
+    """To the bit: with decay alone w - w / 2^11 is exact in float32, on every device."""
+    w = numbers(rng, n)
+    exact = w - w * np.float32(2.0**-11)
+    expected = ((exact.view(np.uint32) + random_halves(n, seed, t)) & np.uint32(0xFFFF0000)).view(np.float32)
+    for place in PLACES:
+        np.testing.assert_array_equal(decayed(ops, w, [(0, n, 1.0)], seed, t, place), expected)
+    # An element's bits are those of its place, wherever its span begins; what lies in no span stays.
+    spans, inside = [(3, 5, 1.0), (6, 21, 1.0), (23, 24, 1.0), (40, 900, 1.0)], np.zeros(n, bool)
+    spans = [(min(start, n), min(stop, n), decay) for start, stop, decay in spans]
+    for start, stop, _ in spans:
+        inside[start:stop] = True
+    for place in PLACES:
+        np.testing.assert_array_equal(decayed(ops, w, spans, seed, t, place), np.where(inside, expected, w))
+
+
+def test_stochastic_rounding_is_unbiased(ops: Adapter, rng: Generator) -> None:
+    """The mean of many roundings of a number is the number, within 5 standard errors, at every distance from its
+    neighbours."""
+    base = rounded(1 + rng.random(16).astype(np.float32))
+    w = np.repeat(base, 512)
+    exact = (w - w * np.float32(2.0**-11)).astype(np.float64)
+    found = np.stack([decayed(ops, w, [(0, len(w), 1.0)], 5, t) for t in (1, 2, 3)]).astype(np.float64)
+    place = 2.0 ** (np.floor(np.log2(exact)) - 7)  # of the last bit
+    share = exact / place % 1  # how often it should be rounded up
+    assert (np.abs(found - exact) < place).all()
+    up = (found > exact).reshape(3, 16, 512).mean(axis=(0, 2))
+    p = share.reshape(16, 512)[:, 0]
+    assert (np.abs(up - p) < 5 * np.sqrt(p * (1 - p) / (3 * 512)) + 1e-12).all()
+    assert ((0.02 < p) & (p < 0.98)).sum() > 8, "and there was something to decide"
+
+
+@pytest.mark.parametrize("n", [1, 8, 37, 1031])
+def test_adamw_without_masters(ops: Adapter, rng: Generator, n: int) -> None:
+    """Moments as ever; w within its bound and one place of bf16, on either side."""
+    w, m, v, dw = state(rng, n)
+    w, dw, u = rounded(w), rounded(dw), Update()
+    bounds = adamw_bounds(w, m, v, dw, u)
+    given = arguments(w, m, v, dw, None, u, [(0, n, u.weight_decay)], 9)
+    exact = expect("adamw_step", given)["w"]
+    bounds["w"] = bounds["w"] + 2 * BF16 * (np.abs(exact) + bounds["w"])
+    check(ops, "adamw_step", tuple(given.values()), bounds)
+
+
+@pytest.mark.parametrize("masters", [True, False])
+def test_adamw_keeps_nan(ops: Adapter, rng: Generator, masters: bool) -> None:
+    """With every payload, whatever random bits are added to it."""
+    w, m, v, dw = state(rng, 64)
+    w, dw, m, v = rounded(w), rounded(dw), np.abs(m), v + 1
+    w[:32] = np.array([0x7FFF0000, 0xFFFF0000, 0x7FC00000, 0x7F810000], np.uint32).view(np.float32).repeat(8)
+    copy = blank(64) if masters else None
+    given = arguments(w, m, v, dw, copy, Update(weight_decay=0.0), [(0, 64, 0.0)], 3)
+    found = call(ops, "adamw_step", given, "end", {})
+    for name in ("w", "copy") if masters else ("w",):
+        assert np.isnan(found[name][:32]).all() and np.isfinite(found[name][32:]).all()
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf])
+def test_adamw_that_must_not_be(ops: Adapter, rng: Generator, scale: float) -> None:
+    w, m, v, dw = state(rng, 37)
+    w, dw = rounded(w), rounded(dw)
+    for copy in (None, numbers(rng, 37)):
+        found = call(ops, "adamw_step", arguments(w, m, v, dw, copy, Update(scale=scale), [(0, 37, 0.5)], 1), "end", {})
+        for before, name in ((w, "w"), (m, "m"), (v, "v"), (copy, "copy")):
+            if before is not None:
+                np.testing.assert_array_equal(found[name], before)
+
+
+# ---- random numbers --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+def test_normal(ops: Adapter, n: int) -> None:
+    check_stored(ops, "normal", (blank(n), 1234, 56, 0.02), {"out": normal_bound(1234, 56, 0.02, n)})
+    single, narrow = device_array(ops, blank(n), "float32"), device_array(ops, blank(n), "bfloat16")
+    for out in (single, narrow):
+        ops.normal(out, 2**63 + 5, 2**40 + 7, 0.3)
+    np.testing.assert_array_equal(np.asarray(narrow, np.float32), rounded(np.asarray(single)))
