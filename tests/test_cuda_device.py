@@ -287,6 +287,9 @@ def test_unknown_ids_are_read(cuda: ModuleType, reads: list[DeviceArray]) -> Non
     assert x.bounds is None
     with pytest.raises(ValueError, match=r"^x: id 99 at \[1, 7\] is outside \[0, 16\)$"):
         check.ids("x", x, 16)
+    x.view("float32")[...] = np.nan
+    x[:1] = 0
+    assert x[:1].bounds == (0, 0) and x.bounds is None
     x[...] = 3
     x.view("uint8")[0, 3:4] = 255
     with pytest.raises(ValueError, match=r"^x: id -16777213 at \[0, 0\]"):

@@ -425,5 +425,8 @@ def test_other_threads(cuda: ModuleType, folder: Path) -> None:
     assert on_a_thread(work) == ([1, 2, 3], [2, 3], (1, 1))
     gc.collect()
     step()
+    before, dying = free(cuda), [cuda.empty((1 << 20,), "uint8")]
+    on_a_thread(dying.clear)
+    assert free(cuda) == before
     assert isinstance(on_a_thread(lambda: cuda.empty((1 << 60,), "uint8")), DeviceMemoryError)
     assert np.asarray(out).tolist() == [2, 3] and cuda.empty((1,), "float32").size

@@ -435,7 +435,9 @@ def empty(shape: tuple[int, ...], dtype: str) -> DeviceArray:
 @op
 def memory() -> tuple[int, int]:
     """Bytes that are free, and all there are."""
-    free, total = _the().cuda.mem_get_info()
+    opened = _the()
+    opened.bury()
+    free, total = opened.cuda.mem_get_info()
     return int(free), int(total)
 
 
