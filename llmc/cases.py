@@ -16,7 +16,7 @@ from llmc.gpt2 import LAYERNORM_EPS, Config
 
 # How every benchmark trains, those of bench/ too: AdamW with decay on matrices.
 LEARNING_RATE = 1e-4
-RECIPE = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
+RECIPE: dict[str, Any] = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
 
 
 @dataclass(frozen=True)

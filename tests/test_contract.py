@@ -439,6 +439,7 @@ def test_check_sees_faults(rng: Generator) -> None:
     for kind in ("none", "gap", "input", "imprecise", "stray"):
         faulty = Faulty("faulty")
         faulty.residual_forward = residual(kind)  # type: ignore[attr-defined]
+        faulty.info = reference.info  # type: ignore[attr-defined]
         given, bound = (x, x, x), {"out": 1e-6}
         if kind == "none":
             check(faulty, "residual_forward", given, bound)
