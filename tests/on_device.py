@@ -7,8 +7,8 @@ On the simulated GPU device memory is host memory, so an op gets a test's own ar
 them (guard.py) guard them there too.  On a real one, and for bfloat16, they are copied: arrays that share memory share
 it on the device, and what lies around them is checked afterwards.
 
-With bfloat16 storage the tests' float32 arrays become bfloat16 where the contract says so (guard.stored) and come back as
-float32.
+With bfloat16 storage the tests' float32 arrays become bfloat16 where the contract says so (guard.stored), and come back
+as float32.
 """
 
 from __future__ import annotations

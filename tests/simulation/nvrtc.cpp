@@ -261,7 +261,7 @@ int compile(Program &program, const std::vector<string> &options) {
                                  "-fno-gnu-unique",
                                  "-fvisibility=hidden",
                                  "-fno-strict-aliasing",
-                                 "-ffp-contract=fast",
+                                 "-ffp-contract=fast", "-fstack-clash-protection",
                                  "-w",
                                  "-fno-diagnostics-show-caret",
                                  "-fno-diagnostics-show-option"};

@@ -28,7 +28,7 @@
 #define __noinline__ __attribute__((noinline))
 #define __restrict__ __restrict
 #define __grid_constant__
-#define __align__(n) alignas(n)
+#define __align__(n) __attribute__((aligned(n)))
 #define __shared__ static __attribute__((section("simulation_shared")))
 #define SHARED(type, name) type *const name = reinterpret_cast<type *>(simulation_launch.dynamic)
 
