@@ -162,7 +162,8 @@ class PyTorch:
         """TF32 where it is asked for (and where autocast leaves fp32); in bf16 flash attention and no other."""
         import torch
 
-        torch.cuda.set_device(self.device)
+        if self.device.index is not None:
+            torch.cuda.set_device(self.device)
         torch.set_float32_matmul_precision("highest" if self.settings["dtype"] == "fp32" else "high")
         torch.backends.cudnn.allow_tf32 = self.settings["dtype"] != "fp32"
         if self.settings["dtype"] == "bf16":
@@ -250,10 +251,10 @@ class PyTorch:
         import torch
 
         steps, only_forward = numbers(number, self.settings["steps"]), self.settings["only_forward"]
+        batches = [[ids.pin_memory() if self.gpu else ids for ids in self._batch(step)] for step in steps]
         losses = []
         with torch.set_grad_enabled(not only_forward):
-            batches = [[ids.pin_memory() for ids in self._batch(step)] for step in steps]
-            torch.cuda.synchronize()
+            self._wait()
             began = time.perf_counter()
             for batch in batches:
                 loss = self._forward(*(ids.to(self.device, non_blocking=True) for ids in batch))
@@ -262,8 +263,14 @@ class PyTorch:
                     self._update()
                 losses.append(loss.detach())
             values = torch.stack(losses).tolist()
-            torch.cuda.synchronize()
+            self._wait()
         return {"losses": values, "step": (time.perf_counter() - began) / len(steps), "busy": None}
+
+    def _wait(self) -> None:
+        import torch
+
+        if self.gpu:
+            torch.cuda.synchronize()
 
     def peak(self) -> float:
         import torch
