@@ -355,15 +355,30 @@ def test_workspace(cuda: ModuleType) -> None:
     sizes = cuda.workspace_nbytes(channels=64, vocab_size=512, parameters=1000, tokens=64, heads=4)
     assert set(sizes) == {"shared", "threads"}
     cuda.reserve(channels=64, vocab_size=512, parameters=1000, tokens=64, heads=4)
-    place = device.workspace(sizes["shared"])
+    device.enlarge(sizes["shared"] + 4096)
+    place = device.workspace(sizes["shared"] + 4096)
     assert device.workspace(1) == place
     before = free(cuda)
     cuda.reserve(channels=1, vocab_size=1, parameters=1, tokens=1, heads=1)
-    assert device.workspace(sizes["shared"]) == place and free(cuda) == before
+    device.enlarge(1)
+    assert device.workspace(sizes["shared"] + 4096) == place and free(cuda) == before
     with pytest.raises(RuntimeError, match=r"too small for .* call reserve\(\) first"):
         device.workspace(1 << 40)
     address, nbytes = device.library_workspace()
     assert nbytes == device.LIBRARY_NBYTES and device.library_workspace() == (address, nbytes)
+
+
+def test_two_workspaces_need_not_fit(cuda: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A larger one takes the place of the one before it."""
+    device.enlarge(4 << 20)
+    held = device.handle().workspace
+    assert held is not None
+    nbytes = held.nbytes
+    del held
+    used = cuda.memory()[1] - free(cuda)
+    monkeypatch.setenv("SIMULATION_MEMORY", str(used + (2 << 20)))
+    device.enlarge(nbytes + (1 << 20))
+    assert device.workspace(nbytes + (1 << 20))
 
 
 # ---- settings --------------------------------------------------------------------------------------
