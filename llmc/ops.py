@@ -193,7 +193,7 @@ class Ops(Protocol):
         dpre = (dout @ w) * gelu'(pre).
 
         dpre, pre, x (B,T,K); dw (N,K); db (N,) or None; dout (B,T,N).  dw and db are finished before dpre is begun, so
-        dpre may be x.
+        dpre may be x.  A GPU may round dout @ w to the storage type before it is multiplied.
         """
 
     # ---- activation, residual ----------------------------------------------------------------------
