@@ -7,12 +7,15 @@ to the storage type; where a product is stored before GELU's derivative is appli
 
 from __future__ import annotations
 
+import ctypes
+import warnings
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+import on_device
 import pytest
 import reference
 from guard import TINY, UNIT, Array, floats, summed
@@ -22,11 +25,12 @@ from test_linear import magnitude
 
 from llmc._cuda import cublaslt, device, graphs, linear
 from llmc._cuda.device import DeviceArray
+from llmc.errors import DeviceError
 
 BF16_UNIT = 2.0**-8  # half the distance from 1 to the next bfloat16
 TF32_UNIT = 2.0**-11
 BF16_TINY = 2.0**-133  # the smallest subnormal bfloat16
-AMPERE, HOPPER = (8, 0), (9, 0)
+AMPERE = (8, 0)
 
 # B, T, K, N: aligned, odd in each size, one row, across tiles of 128 and steps of 32
 SHAPES = [
@@ -155,6 +159,15 @@ def test_gelu_forward(cuda: ModuleType, way: str, rng: Generator, B: int, T: int
     close("out", out, result, stored(result, 1.13 * bound + gelu_forward_bound(np.abs(exact) + bound)))
 
 
+def library_slope_error(x: Array) -> Array:
+    """Of gelu' as cuBLASLt may take it, which is not said: with the GPU's own tanh, off by 2^-11 of itself (PTX's
+    tanh.approx), gelu' = (1 + tanh y) / 2 + x/2 (1 - tanh^2 y) y' is off by so much."""
+    x = x.astype(np.float64)
+    slope = reference.GELU_SCALE * (1 + 3 * reference.GELU_CUBIC * x**2)
+    t = np.tanh(reference.GELU_SCALE * (x + reference.GELU_CUBIC * x**3))
+    return 2.0**-11 * np.abs(t) * (0.5 + np.abs(x * slope * t))
+
+
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("B, T, K, N", SHAPES)
 def test_gelu_backward(
@@ -172,6 +185,8 @@ def test_gelu_backward(
     fused = way.endswith("own") or (way == "bf16" and K % 8 == 0)
     product_off = product_off if fused else stored(product, product_off)
     off["dpre"] = 1.13 * product_off + gelu_backward_bound(np.abs(product) + product_off, pre)
+    if way == "bf16" and K % 8 == 0:
+        off["dpre"] += library_slope_error(pre) * np.abs(product)
     found = {"dpre": put(x), "dw": put(dw), "db": put(db)}
     cuda.gelu_linear_backward(
         found["dpre"], found["dw"], found["db"], put(dout), put(pre), found["dpre"], put(w), accumulate
@@ -309,14 +324,46 @@ def test_epilogues_in_use(cuda: ModuleType, way: str, rng: Generator) -> None:
     pre = put(numbers(rng, 1, M, K))
     cuda.linear_gelu_forward(dout, nothing(1, M, N), x, w, b)
     cuda.gelu_linear_backward(nothing(1, M, K), nothing(N, K), nothing(N), dout, pre, x, w, False)
-    made = sorted((problem.epilogue, problem.beta) for problem in plans())
+    made = {problem.epilogue for problem in plans()}
+    wanted = {cublaslt.DEFAULT, cublaslt.BIAS, cublaslt.BGRADB}
     if way == "bf16":
-        assert made == [(cublaslt.GELU_AUX_BIAS, 0), (cublaslt.DGELU, 0), (cublaslt.BGRADB, 0)]
-    else:
-        assert made == [(cublaslt.DEFAULT, 0), (cublaslt.BIAS, 0), (cublaslt.BGRADB, 0)]
-    assert linear.declined() == []
+        wanted = {cublaslt.GELU_AUX_BIAS, cublaslt.DGELU, cublaslt.BGRADB}
     compute = cublaslt.COMPUTE_32F_FAST_TF32 if way == "tf32" else cublaslt.COMPUTE_32F
-    assert {problem.compute for problem in plans()} == {compute}
+    assert {(problem.compute, problem.beta) for problem in plans()} == {(compute, 0)}
+    if linear.declined() and on_device.mode()[0] == "device":
+        # A product more for each; on a GPU the library may decline what its description allows, which is to be known.
+        warnings.warn(f"cuBLASLt has no algorithm for {linear.declined()}", stacklevel=1)
+        assert made >= wanted
+    else:
+        assert made == wanted and linear.declined() == []
+
+
+def test_library_declines(cuda: ModuleType, way: str, rng: Generator) -> None:
+    """An auxiliary matrix whose rows are no multiple of 8 elements apart: False, and nothing is touched."""
+    if way.endswith("own"):
+        pytest.skip("the own kernels take any rows")
+    storage, (M, N, K) = device.storage.name, (8, 8, 16)
+    out, aux = nothing(M, N), nothing(M, 12)
+    a, b = put(numbers(rng, M, K)), put(numbers(rng, N, K))
+    done = linear._multiplier().matmul(
+        out.ptr, a.ptr, b.ptr, M, N, K, ta=False, tb=True, lda=K, ldb=K, ldo=N, operands=storage, result=storage,
+        compute=cublaslt.COMPUTE_32F, epilogue=cublaslt.GELU_AUX, aux=aux.ptr, ldaux=12,
+    )  # fmt: skip
+    assert not done
+    assert np.isnan(get(out)).all() and np.isnan(get(aux)).all()
+    plans().clear()
+
+
+def test_error_names_status_and_shape(cuda: ModuleType, way: str) -> None:
+    if way.endswith("own"):
+        pytest.skip("the own kernels have no status")
+    plans().clear()
+    a, b, out = put(np.zeros((3, 5))), put(np.zeros((5, 7))), nothing(3, 7)
+    linear.gemm(out, a, b, 3, 7, 5)
+    (plan,) = plans().values()
+    message = rf"cublasLtMatmul: CUBLAS_STATUS_NOT_INITIALIZED for {device.storage.name} \(3,5\) times \(5,7\)"
+    with pytest.raises(DeviceError, match=message):
+        plan.run(ctypes.c_void_p(), out.ptr, a.ptr, b.ptr, device.library_workspace(), device.stream().handle)
 
 
 def test_recording(cuda: ModuleType, way: str, rng: Generator) -> None:

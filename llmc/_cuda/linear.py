@@ -29,10 +29,11 @@ COLUMNS = 4096  # that are summed at a time; their partial sums are what the wor
 
 HOPPER = (9, 0)
 
-_KERNELS = {
-    (ta, tb): Kernel("linear", f"gemm_{'nt'[ta]}{'nt'[tb]}", "PPPPPiiiqqqiii")
-    for ta in (False, True)
-    for tb in (False, True)
+_KERNELS = {  # by ta and tb
+    (False, False): Kernel("linear", "gemm_nn", "PPPPPiiiqqqiii"),
+    (False, True): Kernel("linear", "gemm_nt", "PPPPPiiiqqqiii"),
+    (True, False): Kernel("linear", "gemm_tn", "PPPPPiiiqqqiii"),
+    (True, True): Kernel("linear", "gemm_tt", "PPPPPiiiqqqiii"),
 }
 _partials = Kernel("linear", "column_partials", "PPiiqi")
 _totals = Kernel("linear", "column_totals", "PPiii")
