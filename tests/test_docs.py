@@ -249,7 +249,15 @@ def mentioned(document: str) -> set[str]:
     shell = " ".join(block.source for block in blocks(document) if block.language == "sh")
     paths = {word.rstrip(".,;:") for word in f"{code} {shell}".split() if PATH.fullmatch(word.rstrip(".,;:"))}
     links = re.findall(r"\]\(([^)]+)\)", prose(document))
-    return paths | {link for link in links if not link.startswith("http")}
+    return paths | {link for link in links if not link.startswith(("http", "#"))}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_within_a_document(document: str) -> None:
+    """[On a GPU](#on-a-gpu) leads to the heading `On a GPU`."""
+    headings = re.findall(r"^#+ (.+)$", prose(document), re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    assert {link for link in re.findall(r"\]\(#([^)]+)\)", prose(document))} - anchors == set()
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
