@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -238,10 +239,13 @@ def test_sixteen_more_may_be_fetched(cuda: ModuleType, streams: str) -> None:
 
 
 def test_time(cuda: ModuleType, streams: str) -> None:
+    """Seconds, of the device: not more than passed outside."""
+    outside = time.perf_counter()
     begin = cuda.stamp()
     filled(np.zeros(1 << 20))
     end = cuda.stamp()
-    assert 0 < cuda.elapsed(begin, end) < 60
+    inside = cuda.elapsed(begin, end)
+    assert 0 < inside <= time.perf_counter() - outside
     assert cuda.elapsed(begin, begin) == 0
 
 

@@ -79,6 +79,12 @@ MISSING = [
     ("sys.modules['pycuda._driver'] = None", {}, "MissingDependencyError: PyCUDA needs pycuda._driver: "),
     ("attempt(ops.load, 'cuda'); os.environ['SIMULATION_FAULT'] = 'cuInit:803:2'", {"SIMULATION_FAULT": "cuInit:803:1"},
      "DeviceError: the NVIDIA driver cannot be initialised: cuInit failed: system has unsupported display driver"),
+    ("attempt(ops.load, 'cuda'); os.environ['SIMULATION_FAULT'] = 'cuDevicePrimaryCtxRetain:46:2'",
+     {"SIMULATION_FAULT": "cuDevicePrimaryCtxRetain:46:1"}, "DeviceError: cuda:0 (Simulated GPU) cannot be used, "
+     "another program may hold it: cuDevicePrimaryCtxRetain failed: CUDA-capable device(s) is/are busy or unavailable"),
+    ("attempt(ops.load, 'cuda'); os.environ['SIMULATION_FAULT'] = 'cuStreamCreate:999:2'",
+     {"SIMULATION_FAULT": "cuStreamCreate:999:1"}, "DeviceError: cuda:0 (Simulated GPU) cannot be used, another "
+     "program may hold it: cuStreamCreate failed: unknown error"),
     ("", {"SIMULATION_MEMORY": "1000"}, "DeviceMemoryError: cuda:0 (Simulated GPU) has no memory left to begin with: "),
 ]  # fmt: skip
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from test_cuda_device import filled, free, streams  # noqa: F401 - a fixture
 
-from llmc._cuda import check, compiler, device
+from llmc._cuda import check, compiler, device, driver, gpu
 from llmc._cuda.compiler import Kernel
 from llmc.errors import DeviceError, DeviceMemoryError
 
@@ -128,6 +128,36 @@ def test_logs_of_compilers(log: str, message: str) -> None:
     assert str(compiler.compile_error(log, "a", "NVRTC 1.0")) == f"llmc/_cuda/a.cu:{message}"
 
 
+# ---- where NVIDIA's libraries are ------------------------------------------------------------------
+
+
+def test_order_of_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The chosen folder, pip's packages (those of CUDA 13 first), the loader's own, the toolkit; newer before older."""
+    places = {
+        "chosen": ["libnvrtc.so.9", "libnvrtc.so.13", "libnvrtc.so.13.0.8", "libnvrtc.alt.so.13", "libnvrtc-a.so.13"],
+        "nvidia/cu13/lib": ["libnvrtc.so.13", "libcublasLt.so.13"],
+        "nvidia/cuda_nvrtc/lib": ["libnvrtc.so.12"],
+        "toolkit/lib64": ["libnvrtc.so.12", "libnvrtc.alt.so.12"],
+    }
+    for folder, names in places.items():
+        (tmp_path / folder).mkdir(parents=True)
+        for name in names:
+            (tmp_path / folder / name).touch()
+    monkeypatch.setenv("LLMC_CUDA_LIBRARIES", str(tmp_path / "chosen"))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "toolkit"))
+    monkeypatch.setattr(driver, "wheel_roots", lambda: [tmp_path / "nvidia"])
+    found = list(driver.libraries("nvrtc", "nvidia-cuda-nvrtc"))
+    expected = [
+        "chosen/libnvrtc.so.13.0.8", "chosen/libnvrtc.so.13", "chosen/libnvrtc.so.9", "nvidia/cu13/lib/libnvrtc.so.13",
+        "nvidia/cuda_nvrtc/lib/libnvrtc.so.12",
+    ]  # fmt: skip
+    assert found[:5] == [str(tmp_path / path) for path in expected]
+    assert found[5:8] == ["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"]
+    assert found[8] == str(tmp_path / "toolkit/lib64/libnvrtc.so.12")
+    with pytest.raises(DeviceError, match="libnothing was not found: pip install nvidia-nothing"):
+        driver.library("nothing", "nvidia-nothing")
+
+
 # ---- the cache -------------------------------------------------------------------------------------
 
 
@@ -204,6 +234,19 @@ def test_place_of_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert compiler.cache_folder() == tmp_path / ".cache" / "llmc" / "cuda"
+
+
+def test_name_of_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver's own number, where the system tells it: two forms of its file are in use."""
+    for text, name in (
+        ("NVRM: NVIDIA UNIX x86_64 Kernel Module  535.129.03  Thu Oct 19\nGCC 12.2.0\n", "535.129.03 (CUDA 12.2)"),
+        ("NVRM: NVIDIA UNIX Open Kernel Module for x86_64  580.82.07  Release\n", "580.82.07 (CUDA 12.2)"),
+        ("something else", "CUDA 12.2"),
+    ):
+        monkeypatch.setattr(Path, "read_text", lambda self, text=text: text)
+        assert gpu.driver_name(12020) == name
+    monkeypatch.undo()
+    assert "CUDA 13.0" in gpu.driver_name(13000)
 
 
 # ---- recordings ------------------------------------------------------------------------------------

@@ -55,8 +55,11 @@ class _Opened:
         attribute = cuda.device_attribute
         self.multiprocessors: int = self.gpu.get_attribute(attribute.MULTIPROCESSOR_COUNT)
         self.shared_limit: int = self.gpu.get_attribute(attribute.MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)
-        self.context = self.gpu.retain_primary_context()
-        self.context.push()
+        try:
+            self.context = self.gpu.retain_primary_context()
+            self.context.push()
+        except cuda.Error as error:
+            raise DeviceError(_unusable(index, self.name, error)) from error
         self.home = get_ident()  # the thread where the context is current
         self.functions: dict[Any, Any] = {}  # kernels, by whatever `compiler.Kernel` finds them with
         self.dead: list[Callable[[], None]] = []  # what frees memory and graphs, to be called when that is possible
@@ -112,7 +115,7 @@ def open_gpu(index: int) -> None:
         raise DeviceMemoryError(f"cuda:{index} ({opened.name}) has no memory left to begin with: {error}") from error
     except opened.errors as error:
         close()
-        raise DeviceError(f"cuda:{index} ({opened.name}) cannot be used: {error}") from error
+        raise DeviceError(_unusable(index, opened.name, error)) from error
     except BaseException:
         close()
         raise
@@ -120,6 +123,10 @@ def open_gpu(index: int) -> None:
         # PyCUDA ends the process when a thread ends with a context: this one's is pushed for every call anew.
         opened.context.pop()
         opened.home = 0
+
+
+def _unusable(index: int, name: str, error: Exception) -> str:
+    return f"cuda:{index} ({name}) cannot be used, another program may hold it: {error}"
 
 
 def close() -> None:
