@@ -12,6 +12,9 @@ BGRADB, the sums of op(B) over its K rows, is the sum over k of our op(a)[m,k]: 
 A product's descriptors and the algorithm that the library's heuristic puts first are kept for each `Problem`; a call
 sets only the pointers that have changed.  Split-K may reduce in fp32 alone, so that results are rounded once; an
 algorithm always gives the same bits for the same operands.
+
+Not every algorithm has every epilogue, and an older one costs more than a pass of our own over the result.  So GELU's
+epilogues and BGRADB are used where the library puts the same algorithm first with them as without.
 """
 
 from __future__ import annotations
@@ -42,11 +45,14 @@ DESC_AUX_POINTER, DESC_AUX_LD, DESC_AUX_TYPE, DESC_BIAS_TYPE = 11, 12, 22, 26
 # cublasLtMatmulPreferenceAttributes_t
 PREF_WORKSPACE, PREF_REDUCTION = 1, 3
 PREF_ALIGNMENT_A, PREF_ALIGNMENT_B, PREF_ALIGNMENT_C, PREF_ALIGNMENT_D = 5, 6, 7, 8
+# cublasLtMatmulAlgoConfigAttributes_t
+CONFIG_ID = 0
 # cublasLtReductionScheme_t: in the type of the sums, never in that of the result
 REDUCTION_COMPUTE_TYPE = 2
 
 BIASED = (BIAS, GELU_AUX_BIAS, BGRADB)  # epilogues that read or write a vector
 AUXILIARY = (GELU_AUX, GELU_AUX_BIAS, DGELU)  # that write or read a matrix
+RARE = (*AUXILIARY, BGRADB)  # that not every algorithm has
 AUX_LD_MULTIPLE = 8  # elements
 
 _ALIGNMENT = 256  # bytes; no algorithm asks for more
@@ -130,6 +136,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "cublasLtMatmulPreferenceDestroy": [c_void_p],
     "cublasLtMatmulPreferenceSetAttribute": [c_void_p, c_int, c_void_p, c_size_t],
     "cublasLtMatmulAlgoGetHeuristic": [c_void_p] * 7 + [c_int, POINTER(Algorithm), POINTER(c_int)],
+    "cublasLtMatmulAlgoConfigGetAttribute": [c_void_p, c_int, c_void_p, c_size_t, POINTER(c_size_t)],
     "cublasLtMatmul": [c_void_p] * 14 + [c_size_t, c_void_p],
 }
 
@@ -217,6 +224,16 @@ class Plan:
             self._algorithm = found
         return self._algorithm is not None
 
+    def number(self) -> int:
+        """Of the algorithm that was found: which kind of kernel it is, apart from tiles and the like."""
+        value, written, algorithm = c_int32(), c_size_t(), self._algorithm
+        assert algorithm is not None
+        self._lib.call(
+            "cublasLtMatmulAlgoConfigGetAttribute", byref(algorithm), CONFIG_ID, byref(value), ctypes.sizeof(value),
+            byref(written), about=self.problem,
+        )  # fmt: skip
+        return value.value
+
     def run(self, handle: c_void_p, out: int, a: int, b: int, workspace: tuple[int, int], stream: int) -> None:
         """Send the product to the stream; `choose` has found how."""
         algorithm, beta = self._algorithm, _ONE if self.problem.beta else _ZERO
@@ -239,12 +256,35 @@ class Multiplier:
     def __init__(self, workspace: tuple[int, int], stream: int) -> None:
         self._handle, self._workspace, self._stream = c_void_p(), workspace, stream
         self._plans: dict[Problem, Plan | None] = {}
+        self._declined: dict[Problem, str] = {}
         self._lib = library()
         self._lib.call("cublasLtCreate", byref(self._handle))
 
     def declined(self) -> list[str]:
-        """The products for which the library had no algorithm."""
-        return [str(problem) for problem, plan in self._plans.items() if plan is None]
+        """The products that `matmul` does not make, and why."""
+        return [f"{problem}: {why}" for problem, why in self._declined.items()]
+
+    def _plan(self, problem: Problem, bias: int = 0, aux: int = 0) -> Plan | None:
+        """The plan of a problem, made where there is none yet."""
+        if problem not in self._plans:
+            plan = Plan(self._lib, problem)
+            plan.point(bias, aux)
+            why = self._objection(plan)
+            if why:
+                self._declined[problem] = why
+            self._plans[problem] = None if why else plan
+        return self._plans[problem]
+
+    def _objection(self, plan: Plan) -> str:
+        """Have the plan choose an algorithm; why it is not to be used, or nothing."""
+        if not plan.choose(self._handle, self._workspace[1]):
+            return "the library has no algorithm"
+        if plan.problem.epilogue in RARE:
+            bare = plan.problem._replace(epilogue=DEFAULT, ldaux=0, align_bias=alignment(0), align_aux=alignment(0))
+            other = self._plan(bare)
+            if other is not None and other.number() != plan.number():
+                return f"algorithm {plan.number()}, without the epilogue {other.number()}"
+        return ""
 
     def matmul(
         self, out: int, a: int, b: int, M: int, N: int, K: int, *, ta: bool, tb: bool, lda: int, ldb: int, ldo: int,
@@ -252,7 +292,7 @@ class Multiplier:
         ldaux: int = 0,
     ) -> bool:
         """out (M,N) = epilogue(op(a) (M,K) @ op(b) (K,N) + beta * out), all row-major; False, with nothing done, where
-        the library has no algorithm for it.
+        the library has no algorithm for it, or a worse one than without the epilogue.
 
         `lda`, `ldb`, `ldo`, `ldaux` count elements from row to row in memory.  By `epilogue`:
 
@@ -267,14 +307,7 @@ class Multiplier:
             M, N, K, ta, tb, lda, ldb, ldo, operands, result, compute, beta, epilogue, ldaux, alignment(a),
             alignment(b), alignment(out), alignment(bias), alignment(aux),
         )  # fmt: skip
-        if problem in self._plans:
-            plan = self._plans[problem]
-        else:
-            plan = Plan(self._lib, problem)
-            plan.point(bias, aux)
-            if not plan.choose(self._handle, self._workspace[1]):
-                plan = None
-            self._plans[problem] = plan
+        plan = self._plan(problem, bias, aux)
         if plan is None:
             return False
         plan.point(bias, aux)

@@ -4,8 +4,8 @@ cuBLASLt multiplies (`cublaslt.py`), or with `--gemm own` the kernels of `linear
 What follows a product is done in the same kernel where that pays: a bias always; GELU and its derivative always in the
 own kernels, in cuBLASLt's in bf16 from Hopper on (its older ones and those of float32 are said to be slower than one
 more pass over the result); the gradient of a bias in cuBLASLt's product for dw, unless it accumulates, which the
-library cannot.  Products for which the library has no algorithm, as may be for odd sizes, the own kernels make: see
-`declined`.
+library cannot.  What the library has no algorithm for, as may be for odd sizes, or only an older one, is done apart
+or by the own kernels: see `declined`.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def gemm(
 
 
 def declined() -> list[str]:
-    """The products that cuBLASLt had no algorithm for, in words."""
+    """What cuBLASLt had no algorithm for, or only a worse one than without the epilogue, in words."""
     return _multiplier().declined() if device.gemm == "cublaslt" else []
 
 
