@@ -151,8 +151,8 @@ def test_missing_barrier_in_random_order(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("body, block, message", [
     ("if (threadIdx.x < 40) return;\n__syncthreads();", 64,
-     r"kernel: block \(0, 0, 0\), thread \(40, 0, 0\): waits at __syncthreads, test.cu:3, for thread \(0, 0, 0\), which "
-     "has returned"),
+     r"kernel: block \(0, 0, 0\), thread \(40, 0, 0\): waits at __syncthreads, test.cu:3, for thread \(0, 0, 0\), "
+     "which has returned"),
     ("if (threadIdx.x < 32)\n__syncthreads();\nelse\n__syncthreads();", 64,
      r"thread \(32, 0, 0\): is at __syncthreads, test.cu:5, while others wait at test.cu:3"),
     ("if (threadIdx.x < 32) __syncthreads();\nelse __shfl_xor_sync(~0u, 1, threadIdx.x == 40 ? 1 : 2);", 64,
@@ -525,7 +525,7 @@ def test_injected_fault(simulated: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("body, report", [
-    ("out[threadIdx.x] = 1;", ""),
+    ("float v = __shfl_xor_sync(~0u, x[threadIdx.x], 1);\n__syncthreads();\nout[threadIdx.x] = v;", ""),
     ("__shared__ float mine[32];\nfloat *p = mine + (threadIdx.x == 31);\np[threadIdx.x] = 1;\nout[0] = mine[5];",
      r"global-buffer-overflow.*#0 .* in kernel \S*test.cu:4"),
     ("float mine[4];\nfor (int i = 0; i < 4 + (threadIdx.x == 3); i++) mine[i] = x[i];\nout[0] = mine[out[1] > 0];",

@@ -83,10 +83,13 @@ def build() -> Path:
 
 def sanitized() -> dict[str, str]:
     """The environment of a process whose kernels run under AddressSanitizer and UBSan."""
-    library = subprocess.run([compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    found = []
+    for name in ("libasan.so", "libstdc++.so"):  # the first looks for exceptions in the second when it is loaded
+        said = subprocess.run([compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True)
+        found.append(os.path.realpath(said.stdout.strip()))
     return {
         "SIMULATION_SANITIZE": "1",
-        "LD_PRELOAD": os.path.realpath(library.stdout.strip()),
+        "LD_PRELOAD": ":".join(found),
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:handle_segv=1",
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }

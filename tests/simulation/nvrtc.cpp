@@ -261,7 +261,8 @@ int compile(Program &program, const std::vector<string> &options) {
                                  "-fno-gnu-unique",
                                  "-fvisibility=hidden",
                                  "-fno-strict-aliasing",
-                                 "-ffp-contract=fast", "-fstack-clash-protection",
+                                 "-ffp-contract=fast",
+                                 "-fstack-clash-protection",
                                  "-w",
                                  "-fno-diagnostics-show-caret",
                                  "-fno-diagnostics-show-option"};

@@ -251,8 +251,8 @@ namespace simulation {
 template <class Operand, class Run>
 inline void together(unsigned mask, Operand &operand, Run, const char *name, const char *file, int line) {
     auto call = [](void **operands, unsigned lanes) {
-        Run *none = nullptr; // without captures there is nothing to read in it
-        (*none)(reinterpret_cast<Operand **>(operands), lanes);
+        // Without captures there is nothing in a `Run`: any address will do.
+        (*reinterpret_cast<Run *>(operands))(reinterpret_cast<Operand **>(operands), lanes);
     };
     simulation_collective(mask, &operand, call, name, file, line);
 }
