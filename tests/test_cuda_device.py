@@ -11,6 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from test_contract import missing_or_different
 
 from llmc import ops as contract
 from llmc._cuda import check, device, transfer
@@ -41,6 +42,12 @@ def free(cuda: ModuleType) -> int:
     """Bytes that are free once all garbage is gone."""
     gc.collect()
     return cuda.memory()[0]
+
+
+def test_cuda_is_a_backend() -> None:
+    from llmc import _cuda
+
+    assert missing_or_different(_cuda) == []
 
 
 # ---- arrays ----------------------------------------------------------------------------------------

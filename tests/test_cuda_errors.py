@@ -52,6 +52,12 @@ def child(cuda: ModuleType, tmp_path: Path) -> Callable[..., list[str]]:
     return run
 
 
+def test_importing_needs_nothing() -> None:
+    """No GPU, no driver, no PyCUDA; so what is missing can be told."""
+    program = "import sys; sys.modules['pycuda'] = None; import llmc._cuda, llmc._cuda.found"
+    subprocess.run([sys.executable, "-c", program], cwd=TESTS, check=True, timeout=120)
+
+
 LOAD = "attempt(ops.load, 'cuda')"
 MISSING = [
     ("", {"SIMULATION_DRIVER": "12040"}, "DeviceError: the NVIDIA driver is too old: it runs CUDA 12.4, and what "

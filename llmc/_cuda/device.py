@@ -168,28 +168,33 @@ def op(function: F, name: str = "") -> F:
 
     @functools.wraps(function)
     def called(*args: Any, **kwargs: Any) -> Any:
-        opened = _opened
-        if opened is None or opened.home != get_ident():
-            return _elsewhere(called, args, kwargs)
-        opened.recent.append(name)
-        try:
-            result = function(*args, **kwargs)
-            if opened.checks and not opened.capturing:
-                opened.compute.synchronize()
-            return result
-        except (opened.errors, driver.CallError) as error:
-            raise fault(name, error) from error
+        return run(name, function, *args, **kwargs)
 
     return called  # type: ignore[return-value]
 
 
-def _elsewhere(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def run(op: str, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """What `op` makes of a function."""
+    opened = _opened
+    if opened is None or opened.home != get_ident():
+        return _elsewhere(op, function, args, kwargs)
+    opened.recent.append(op)
+    try:
+        result = function(*args, **kwargs)
+        if opened.checks and not opened.capturing:
+            opened.compute.synchronize()
+        return result
+    except (opened.errors, driver.CallError) as error:
+        raise fault(op, error) from error
+
+
+def _elsewhere(op: str, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Run on a thread that the context is not current on, and make it current for as long as that takes."""
     opened = _the()
     home, opened.home = opened.home, get_ident()
     opened.context.push()
     try:
-        return function(*args, **kwargs)
+        return run(op, function, *args, **kwargs)
     finally:
         if opened is _opened:
             opened.context.pop()
@@ -239,8 +244,8 @@ class Memory:
     __slots__ = ("__weakref__", "_allocation", "_opened", "known", "nbytes", "ptr")
 
     def __init__(self, nbytes: int, purpose: str) -> None:
-        opened = self._opened = _the()
         self._allocation = None
+        opened = self._opened = _the()
         not_captured(f"{purpose} takes memory, which")
         opened.bury()
         try:

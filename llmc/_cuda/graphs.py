@@ -46,10 +46,9 @@ class Recording:
         self._executable = 0
         self._opened: Any = None
         self._held: Any = None  # the workspace, to which the graph has pointers
-        self._call = device.op(self._do, f"recording of {self.name}")
 
     def __call__(self) -> None:
-        self._call()
+        device.run(f"recording of {self.name}", self._do)
 
     def _do(self) -> None:
         opened = device.handle()
