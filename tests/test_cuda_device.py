@@ -243,6 +243,7 @@ def test_sixteen_more_may_be_fetched(cuda: ModuleType, streams: str) -> None:
         cuda.fetch(x)
     with pytest.raises(RuntimeError, match="before this one was looked at"):
         late()
+    assert first().tolist() == [0], "what was looked at once can be looked at again"
 
 
 def test_time(cuda: ModuleType, streams: str) -> None:

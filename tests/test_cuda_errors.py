@@ -266,6 +266,22 @@ print(np.asarray(x).tolist())
     assert lines[1] == "[1, 0, 0, 0]"
 
 
+def test_a_fault_on_another_thread(faulty: Callable[..., list[str]]) -> None:
+    """The process goes on, without its GPU, and ends in peace."""
+    lines = faulty("""
+import threading
+at[...] = FAR
+def work():
+    attempt(poke, x, at)
+    attempt(np.asarray, x)
+thread = threading.Thread(target=work)
+thread.start(); thread.join()
+attempt(np.asarray, x)
+""")
+    assert lines[0].startswith("DeviceError: reading an array: the GPU has failed, here or in an op before it")
+    assert lines[1].startswith("DeviceError: the GPU is out of this process's reach since this error: ")
+
+
 def test_configured_on_another_thread(faulty: Callable[..., list[str]]) -> None:
     """PyCUDA would end a process whose thread ends with a context."""
     program = """

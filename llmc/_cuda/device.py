@@ -16,6 +16,7 @@ import functools
 import math
 import operator
 import os
+import sys
 import threading
 from collections.abc import Callable
 from threading import get_ident
@@ -140,7 +141,13 @@ def close() -> None:
     opened.context.detach()
 
 
-atexit.register(close)
+@atexit.register
+def _close_at_exit() -> None:
+    close()
+    if pycuda := sys.modules.get("pycuda.driver"):
+        # A context that was closed on another thread is still on this one's stack, which PyCUDA wants to see empty;
+        # asking for the current one drops those that are gone.
+        pycuda.Context.get_current()
 
 
 def _the() -> _Opened:
@@ -191,8 +198,12 @@ def run(op: str, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> 
 def _elsewhere(op: str, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Run on a thread that the context is not current on, and make it current for as long as that takes."""
     opened = _the()
-    home, opened.home = opened.home, get_ident()
-    opened.context.push()
+    home = opened.home
+    try:
+        opened.context.push()
+    except opened.errors as error:
+        raise DeviceError(f"{op}: {error}") from error
+    opened.home = get_ident()
     try:
         return run(op, function, *args, **kwargs)
     finally:
