@@ -257,7 +257,7 @@ def test_links_within_a_document(document: str) -> None:
     """[On a GPU](#on-a-gpu) leads to the heading `On a GPU`."""
     headings = re.findall(r"^#+ (.+)$", prose(document), re.MULTILINE)
     anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
-    assert {link for link in re.findall(r"\]\(#([^)]+)\)", prose(document))} - anchors == set()
+    assert set(re.findall(r"\]\(#([^)]+)\)", prose(document))) - anchors == set()
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
