@@ -7,6 +7,8 @@ The compiler's report gives registers and spills, nvdisasm the instructions.  Co
 from __future__ import annotations
 
 import importlib.util
+import json
+import math
 import os
 import re
 import shutil
@@ -46,13 +48,14 @@ for file in compiler.sources():
 
 
 class Kernel(NamedTuple):
-    """What the compiler's report says of one kernel, and its instructions without operands."""
+    """What was made of one kernel: the compiler's report, what the driver will read, instructions without operands."""
 
     file: str
-    registers: int
-    stack: int
-    spilled: int
-    parameters: int  # bytes
+    registers: int  # of a thread
+    stack: int  # bytes
+    spilled: int  # bytes
+    parameters: tuple[tuple[int, int], ...]  # offset and bytes of each
+    threads: int  # the most that a block may have
     opcodes: frozenset[str]
 
 
@@ -89,24 +92,30 @@ def read_log(log: str) -> dict[str, tuple[int, int, int]]:
     return found
 
 
-def read_parameters(cubin: bytes) -> dict[str, int]:
-    """Bytes of each kernel's parameters, from the sections .nv.info.<kernel> of the ELF file."""
+def read_attributes(cubin: bytes) -> dict[str, tuple[tuple[tuple[int, int], ...], int]]:
+    """Place and size of each kernel's parameters, and its launch bound (1024 without one), from the sections
+    .nv.info.<kernel> of the ELF file."""
     table, size, count, names = struct.unpack_from("<Q10xHHH", cubin, 0x28)
-    headers = [struct.unpack_from("<IIQQQQ", cubin, table + size * i) for i in range(count)]
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + size * i) for i in range(count)]
     found = {}
-    for name_at, _, _, _, offset, nbytes in headers:
-        begin = headers[names][4] + name_at
+    for name_at, _, _, _, at, nbytes in sections:
+        begin = sections[names][4] + name_at
         name = cubin[begin : cubin.index(b"\0", begin)].decode()
         if not name.startswith(".nv.info."):
             continue
-        at = offset
-        while at < offset + nbytes:
+        end, parameters, threads = at + nbytes, [], 1024
+        while at < end:
             form, attribute, value = struct.unpack_from("<BBH", cubin, at)
             at += 4
-            if form == 4:  # `value` bytes follow
-                if attribute == 0x0A:  # EIATTR_PARAM_CBANK: symbol, offset, size
-                    found[name.removeprefix(".nv.info.")] = struct.unpack_from("<IHH", cubin, at)[2]
-                at += value
+            if form != 4:  # else `value` bytes follow
+                continue
+            if attribute == 0x17:  # EIATTR_KPARAM_INFO: index, ordinal, offset, size from bit 18 on
+                _, _, offset, bits = struct.unpack_from("<IHHI", cubin, at)
+                parameters.append((offset, bits >> 18))
+            elif attribute == 0x05:  # EIATTR_MAX_THREADS
+                threads = math.prod(struct.unpack_from("<III", cubin, at))
+            at += value
+        found[name.removeprefix(".nv.info.")] = tuple(sorted(parameters)), threads
     return found
 
 
@@ -152,17 +161,17 @@ class Compiled:
         stem = self.folder / f"{file}-{architecture}-{storage}"
         if not stem.with_suffix(".cubin").exists():
             return
-        parameters = read_parameters(stem.with_suffix(".cubin").read_bytes())
+        attributes = read_attributes(stem.with_suffix(".cubin").read_bytes())
         code = read_code(stem.with_suffix(".sass").read_text()) if stem.with_suffix(".sass").exists() else {}
         for name, report in read_log(stem.with_suffix(".log").read_text()).items():
-            yield name, Kernel(file, *report, parameters[name], code.get(name, frozenset()))
+            yield name, Kernel(file, *report, *attributes[name], code.get(name, frozenset()))
 
 
 @pytest.fixture(scope="module")
 def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compiled]:
     found = python("from llmc._cuda import compiler; print(compiler.find().name)")
-    if found.returncode:
-        pytest.skip(found.stderr.strip().splitlines()[-1].partition(": ")[2])
+    if not found.stdout.startswith("NVRTC"):
+        pytest.skip("NVRTC is not installed: pip install nvidia-cuda-nvrtc")
     chosen = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
     wanted = dict.fromkeys(params["architecture"] for params in chosen if "architecture" in params)
     with ThreadPoolExecutor(min(2, len(os.sched_getaffinity(0)))) as pool:
@@ -183,33 +192,94 @@ each = pytest.mark.parametrize(("architecture", "storage"), PAIRS, ids=["-".join
 # ---- what is wanted --------------------------------------------------------------------------------
 
 
-def declared() -> dict[str, str]:
-    """Kernels that the wrappers launch, with the signature that they launch them with."""
-    pattern = r'\bKernel\(\s*"(\w+)",\s*"(\w+)",\s*"([PiqQfd]+)"\s*\)'
-    return {
-        name: signature
-        for path in CUDA.glob("*.py")
-        for _, name, signature in re.findall(pattern, path.read_text(encoding="utf-8"))
-    }
+class Hot(NamedTuple):
+    """Kernels that a step spends its time in: `blocks` of `threads` each must find room on a multiprocessor at a time,
+    as far as registers go, and instructions of these kinds must be among theirs."""
+
+    names: str
+    threads: int
+    blocks: int
+    both: tuple[str, ...] = ()
+    bf16: tuple[str, ...] = ()
+
+
+WIDE = (r"LDG\.E\S*\.128", r"STG\.E\S*\.128")  # accesses of 16 bytes
+TENSOR = (r"HMMA\.16816\.F32\.BF16", r"LDSM\.")
+COPIED = (r"LDGSTS\.E\S*\.128",)  # cp.async
+HOT = (
+    Hot(r"layernorm_forward|residual_layernorm_forward", 192, 6, WIDE),
+    Hot(r"layernorm_backward", 192, 2, WIDE),
+    Hot(r"gelu_forward|gelu_backward|residual_forward|widen|narrow", 256, 5, WIDE),
+    Hot(r"embedding_forward|embedding_positions", 256, 5, WIDE),
+    Hot(r"embedding_rows", 256, 4, WIDE),
+    Hot(r"classifier", 512, 2, WIDE),
+    Hot(r"adamw_step|adamw_step_stored", 256, 4, WIDE),
+    Hot(r"square_sums_(single|stored)", 256, 6, WIDE[:1]),
+    Hot(r"flash_\w+_\d+", 128, 2, (*TENSOR, *COPIED, WIDE[1])),
+    Hot(r"gemm_[nt][nt]", 256, 2, bf16=(*TENSOR, *COPIED)),
+    Hot(r"column_partials", 256, 5, WIDE[:1]),
+    Hot(r"attention_(forward|backward_\w+)_\d+", 64, 4),
+)
+
+
+@pytest.fixture(scope="module")
+def launched(compiled: Compiled) -> dict[str, tuple[str, str]]:
+    """What the package launches: file and signature of each kernel."""
+    done = python(LAUNCHED)
+    assert done.returncode == 0, done.stderr
+    return {name: (file, signature) for file, name, signature in json.loads(done.stdout)}
+
+
+LAUNCHED = """
+import gc, json
+import llmc._cuda
+from llmc._cuda.compiler import Kernel
+print(json.dumps([(k.file, k.name, k.signature) for k in gc.get_objects() if isinstance(k, Kernel)]))
+"""
 
 
 @each
-def test_compiles(compiled: Compiled, architecture: str, storage: str) -> None:
+def test_compiles(
+    compiled: Compiled, launched: dict[str, tuple[str, str]], architecture: str, storage: str
+) -> None:
+    """All files, and they hold the kernels that are launched, no other."""
     assert compiled.errors(architecture, storage) == []
     kernels = compiled.kernels(architecture, storage)
-    assert {kernel.file for kernel in kernels.values()} == set(FILES)
-    missing = set(declared()) - set(kernels)
-    assert not missing, f"launched, but in no .cu file: {missing}"
+    files = {name: file for name, (file, _) in launched.items()}
+    assert {name: kernel.file for name, kernel in kernels.items()} == files
 
 
 @each
-def test_parameters_are_as_large_as_what_is_passed(compiled: Compiled, architecture: str, storage: str) -> None:
-    kernels = compiled.kernels(architecture, storage)
-    for name, signature in declared().items():
-        if name not in kernels:
-            continue  # test_compiles says so
-        passed = struct.calcsize("@" + signature.replace("q", "l").replace("Q", "L"))
-        assert kernels[name].parameters == passed, name
+def test_what_is_passed_is_what_is_taken(
+    compiled: Compiled, launched: dict[str, tuple[str, str]], architecture: str, storage: str
+) -> None:
+    """Place and size of each parameter; a struct takes what is passed as its members."""
+    for name, kernel in compiled.kernels(architecture, storage).items():
+        passed = places(launched[name][1])
+        for at, size in kernel.parameters:
+            taken = [(start, nbytes) for start, nbytes in passed if at <= start < at + size]
+            whole = taken and taken[0][0] == at and sum(taken[-1]) == at + size and (size > 8 or len(taken) == 1)
+            assert whole, f"{kernel.file}.cu: {name}: {size} bytes at {at} get {taken}"
+        assert sum(passed[-1]) == sum(kernel.parameters[-1]), f"{kernel.file}.cu: {name}"
+
+
+def places(signature: str) -> list[tuple[int, int]]:
+    """Offset and size of each letter's value, one after another, each at a multiple of its size."""
+    ends = [struct.calcsize(signature[: i + 1]) for i in range(len(signature))]
+    sizes = [struct.calcsize(letter) for letter in signature]
+    return [(end - size, size) for end, size in zip(ends, sizes, strict=True)]
+
+
+@each
+def test_registers_suffice_for_a_block(compiled: Compiled, architecture: str, storage: str) -> None:
+    """Or the launch would fail, which no simulation shows."""
+    for name, kernel in compiled.kernels(architecture, storage).items():
+        assert taken(kernel.registers, kernel.threads) <= REGISTERS, f"{kernel.file}.cu: {name}"
+
+
+def taken(registers: int, threads: int) -> int:
+    """Registers of a block: those of a thread come in eights, and threads in warps."""
+    return -(-registers // 8) * 8 * -(-threads // 32) * 32
 
 
 @each
@@ -219,6 +289,20 @@ def test_nothing_spills(disassembled: Compiled, architecture: str, storage: str)
         assert kernel.opcodes, f"no instructions of {name} were read"
         local = sorted(code for code in kernel.opcodes if re.match(r"(LDL|STL)\b", code))
         assert not local, f"{kernel.file}.cu: {name} has local memory: {local}"
+
+
+@each
+@pytest.mark.parametrize("hot", HOT, ids=lambda hot: hot.names.split("|")[0])
+def test_hot_kernels(disassembled: Compiled, architecture: str, storage: str, hot: Hot) -> None:
+    kernels = disassembled.kernels(architecture, storage)
+    found = {name: kernel for name, kernel in kernels.items() if re.fullmatch(hot.names, name)}
+    assert found, f"no kernel is called {hot.names}"
+    for name, kernel in found.items():
+        assert hot.threads <= kernel.threads, f"{name} is not made for blocks of {hot.threads}"
+        registers = hot.blocks * taken(kernel.registers, hot.threads)
+        assert registers <= REGISTERS, f"{name}: {kernel.registers} registers leave no room for {hot.blocks} blocks"
+        for pattern in (*hot.both, *(hot.bf16 if storage == "bf16" else ())):
+            assert any(re.match(pattern, code) for code in kernel.opcodes), f"{name} has no {pattern}"
 
 
 # ---- what is said of a mistake ---------------------------------------------------------------------
