@@ -241,6 +241,15 @@ def test_gemm(
     assert np.isnan(get(out)[:, N:]).all()
 
 
+@pytest.mark.parametrize("M, N", [(1025, 300), (2100, 130), (130, 2100)])
+def test_gemm_of_many_tiles(cuda: ModuleType, way: str, rng: Generator, M: int, N: int) -> None:
+    """More tiles along M than the own kernels make one after another."""
+    a, b, out = numbers(rng, M, 9), numbers(rng, 9, N), nothing(M, N)
+    linear.gemm(out, put(a), put(b), M, N, 9)
+    exact = a.astype(np.float64) @ b
+    close("out", out, exact, stored(exact, sum_error(9, np.abs(a).astype(np.float64) @ np.abs(b))))
+
+
 @pytest.mark.parametrize("beta", [0, 1])
 @pytest.mark.parametrize("M, N, K", [(0, 3, 4), (3, 0, 4), (3, 4, 0), (0, 0, 0)])
 def test_gemm_of_nothing(cuda: ModuleType, way: str, M: int, N: int, K: int, beta: int) -> None:

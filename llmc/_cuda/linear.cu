@@ -12,6 +12,7 @@
 
 constexpr int BM = 128, BN = 128, THREADS = 256; // the tile of out, and who computes it
 constexpr int CHUNK = PACK;                      // elements that are copied at once: 16 bytes
+constexpr int BAND = 8;                          // tiles of out, along M, that are made one after another
 
 // What happens to a sum before it is stored; the numbers are linear.py's.
 enum Finish {
@@ -297,7 +298,10 @@ __device__ __forceinline__ void finish_all(const Output &o, int m0, int n0, Sums
 
 template <bool TA, bool TB>
 __device__ __forceinline__ void product(floatX *shared, const Output &o, const Matrix &a, const Matrix &b, int K) {
-    int m0 = blockIdx.y * BM, n0 = blockIdx.x * BN, steps = (K + BK - 1) / BK;
+    // Blocks work in the order of their numbers; by columns of BAND tiles those at work together share tiles of b, too.
+    int number = blockIdx.y * gridDim.x + blockIdx.x, band = number / (BAND * gridDim.x) * BAND;
+    int height = min(BAND, static_cast<int>(gridDim.y) - band), place = number - band * gridDim.x;
+    int m0 = (band + place % height) * BM, n0 = place / height * BN, steps = (K + BK - 1) / BK;
     Sums sums = {};
     auto copy = [&](int t) {
         floatX *tiles = shared + t % STAGES * 2 * TILE;
@@ -347,13 +351,24 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     __shared__ float sums[THREADS / WARP][WARP * PACK];
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     int n = blockIdx.x * WARP * PACK + lane * PACK, stop = min(M, static_cast<int>(blockIdx.y + 1) * rows);
+    int first = blockIdx.y * rows + warp;
     float total[PACK] = {};
-    if (n < N) {
-        for (int m = blockIdx.y * rows + warp; m < stop; m += THREADS / WARP) {
+    auto add = [&](const float(&v)[PACK]) {
+#pragma unroll
+        for (int i = 0; i < PACK; i++) total[i] += v[i];
+    };
+    if (n + PACK <= N && wide<PACK>(x, ld)) {
+#pragma unroll 4
+        for (int m = first; m < stop; m += THREADS / WARP) {
+            float v[PACK];
+            load(v, x + m * ld + n);
+            add(v);
+        }
+    } else if (n < N) {
+        for (int m = first; m < stop; m += THREADS / WARP) {
             float v[PACK];
             read(v, x, ld, m, n, N);
-#pragma unroll
-            for (int i = 0; i < PACK; i++) total[i] += v[i];
+            add(v);
         }
     }
     store(&sums[warp][lane * PACK], total);
