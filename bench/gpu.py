@@ -27,6 +27,7 @@ from llmc.benchmark import GPU, KernelRow, Settings, gpu_kernels
 from llmc.errors import LlmcError
 
 PEAK_TURNS, PEAK_SECONDS = 5, 0.1
+LEAVING = 5.0  # seconds for the last op and the table
 DTYPES = ("bf16", "tf32", "fp32")
 GOALS = "attention,layernorm,gelu_,adamw,head_loss,classifier"  # the ops that have one
 # What is measured first: a type, sequences, and ops.  Small batches have small arrays, where launching counts.
@@ -83,7 +84,7 @@ def rows_of(args: argparse.Namespace, until: float) -> Iterator[KernelRow]:
 
 def kernels(args: argparse.Namespace, write: Write) -> str:
     """Every op: its rate, and the fraction of the copy's or the product's, measured beside it."""
-    until = time.monotonic() + args.seconds
+    until = time.monotonic() + args.seconds - LEAVING
     facts = machine.facts(ops.load("cpu").info()) | machine.gpu_facts(ops.load(args.device).info())
     rows: list[KernelRow] = []
     for row in rows_of(args, until):

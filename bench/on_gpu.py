@@ -27,6 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import goals
 from simulate import simulate, simulated
 
 from llmc import ops
@@ -357,7 +358,32 @@ class Measurement(NamedTuple):
     arguments: tuple[str, ...]
 
 
-MEASUREMENTS: tuple[Measurement, ...] = ()
+def measurements(small_ones: bool) -> Iterator[Measurement]:
+    """The figures of the goals first (bench/goals.py), larger models as far as there is time; where a GPU is only
+    simulated, small ones of each kind."""
+    result = ("--json", "{json}", "--seconds", "{seconds}")
+    small = ("--init", "tiny", "--batch-size", "1", "--sequence-length", "8", "--turn-seconds", "0")
+    shapes = small if small_ones else ()
+    yield Measurement("peaks", 40, ("bench/gpu.py", "peaks", *result))
+    yield Measurement("kernels", 110, ("bench/gpu.py", "kernels", *result, *shapes))
+    training = (
+        "bench/training.py", "--device", "cuda", "--starts", "1", "--json-out", "{json}", "--seconds", "{seconds}",
+        *(("--turn", "2", "--rounds", "1", "--warmup", "1", "--programs", "llmc") if small_ones else ("--rounds", "7")),
+        "--configs",
+    )  # fmt: skip
+    if small_ones:
+        yield Measurement("tiny", 60, (*training, "tiny:2x8"))
+        yield Measurement("tiny, forward", 60, (*training, "tiny:2x8", "--dtypes", "tf32", "--only-forward"))
+        return
+    compared = ("--programs", "llmc,compile")
+    yield Measurement("124M", 150, (*training, "d12:4x1024"))
+    yield Measurement(
+        "124M, forward", 110, (*training, "d12:4x1024", *compared, "--dtypes", "tf32,fp32", "--only-forward")
+    )
+    yield Measurement("124M, large batch", 110, (*training, "d12:maxx1024", *compared))
+    yield Measurement("124M, largest batch", 40, (*training, "d12:maxx1024", "--programs", "llmc"))
+    yield Measurement("350M", 110, (*training, "gpt2-medium:8x1024", *compared))
+    yield Measurement("774M", 120, (*training, "gpt2-large:4x1024", *compared))
 
 
 def measure(run: Run, limit: float, what: Measurement) -> Facts:
@@ -375,7 +401,7 @@ def measure(run: Run, limit: float, what: Measurement) -> Facts:
 def bench(run: Run, args: argparse.Namespace) -> None:
     run.part("gpu", 20, gpu)
     run.part("packages", 40, facts)
-    for what in MEASUREMENTS:
+    for what in measurements(simulated()):
         run.part(what.name, what.limit, measure, what)
 
 
@@ -407,6 +433,8 @@ def main() -> int:
         run = Run(args.mode, out, args.began, args.seconds or SECONDS[args.mode], Path(folder))
         (check if args.mode == "check" else bench)(run, args)
     print("\n".join(["", *table(run.parts)]), flush=True)
+    if args.mode == "bench":
+        print(f"\n{goals.markdown(run.parts)}\n")
     print(f"results: {out / args.mode}.json")
     return int(any(part["status"] == FAILED for part in run.parts))
 

@@ -50,6 +50,7 @@ LONG = 512  # tokens from which on activations are worth recomputing
 LARGEST_DIFFERENCE = 1e-4  # of two fp32 losses of the same step
 BF16_DIFFERENCE = 1e-2  # of a bf16 loss from fp32's: see bench/README.md
 TF32_DIFFERENCE = 2e-3  # of a tf32 loss from another program's
+ROUNDS_SECONDS = 15.0  # that are kept for taking turns, however long a program's start takes
 LEAVING = 5.0  # seconds that writing results and ending programs may take
 TURN_FLOPS = 2e14  # that a GPU's turn holds, about half a second on an H100
 TOGETHER = 8  # times llmc's memory that all programs of a comparison take, PyTorch's logits in fp32 among it
@@ -170,7 +171,7 @@ class Run:
         self.args, self.threads, self.folder = args, threads, folder
         self.gpu = args.device != "cpu"
         self.gpu_name = gpu_name
-        self.until = args.began + args.seconds
+        self.until = args.began + args.seconds - LEAVING
 
     def machine(self, c: Configuration, dtype: str) -> Settings:
         """What every process is told."""
@@ -227,7 +228,8 @@ class Run:
         return ""
 
     def start(self, program: str, settings: Settings) -> Worker:
-        worker = Worker(program, settings, self.folder, self.until)
+        worker = Worker(program, settings, self.folder, self.until - ROUNDS_SECONDS)
+        worker.until = self.until
         say(f"  {program}: {worker.start:.1f} s to the end of its first step")
         return worker
 

@@ -208,7 +208,7 @@ def profile_lines(profile: Profile) -> list[str]:
     """The table of `llmc train --profile`: an op and its size, longest first, then the parts of a step."""
     lines = [
         f"mean of {profile.steps} {'step' if profile.steps == 1 else 'steps'}, {1e3 * profile.seconds:.2f} ms each",
-        f"{'op':<21} {'size':<12} {'calls':>6} {'ms':>9} {'%':>6} {'rate':>15} {'of peak':>8}",
+        f"{'op':<26} {'size':<12} {'calls':>6} {'ms':>9} {'%':>6} {'rate':>17} {'of peak':>8}",
     ]
 
     def share(seconds: float) -> str:
@@ -217,11 +217,11 @@ def profile_lines(profile: Profile) -> list[str]:
     for row in profile.rows:
         fraction = "" if row.fraction is None else f"{100 * row.fraction:.0f} %"
         lines.append(
-            f"{row.op:<21} {row.size:<12} {row.calls:>6.5g} {share(row.seconds)} {row.rate:>7.1f} {row.unit:<7} "
+            f"{row.op:<26} {row.size:<12} {row.calls:>6.5g} {share(row.seconds)} {row.rate:>9.1f} {row.unit:<7} "
             f"{fraction:>8}"
         )
     for part, seconds in (*profile.parts.items(), ("outside ops", profile.outside)):
-        lines.append(f"{part:<41} {share(seconds)}")
+        lines.append(f"{part:<46} {share(seconds)}")
     names = {
         "fma": "fp32 multiply-adds", "dot": "bf16 dot products", "product": "a large product", "copy": "a copy",
     }  # fmt: skip

@@ -243,7 +243,7 @@ def test_command_line(cpu: ModuleType, capsys: pytest.CaptureFixture[str]) -> No
     assert main(words.split()) == 0
     out = capsys.readouterr().out
     assert out.index("step 2: train loss") < out.index("mean of 2 steps") < out.index("3 updates in")
-    for text in ("layernorm_backward ", "linear_forward        32 -> 96", "GFLOP/s", "GB/s", "outside ops",
+    for text in ("layernorm_backward ", "linear_forward             32 -> 96", "GFLOP/s", "GB/s", "outside ops",
                  "head (forward and backward)", "peaks, medians of this run: fp32 multiply-adds"):  # fmt: skip
         assert text in out
     assert main(words.removesuffix(" --profile").split()) == 0
