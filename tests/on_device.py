@@ -132,8 +132,9 @@ def _over(array: Array) -> Any:
 def _extent(array: Array) -> tuple[int, int]:
     if array.size == 0:
         return array.ctypes.data, array.ctypes.data
-    low, high = np.lib.array_utils.byte_bounds(array) if hasattr(np.lib, "array_utils") else np.byte_bounds(array)
-    return int(low), int(high)
+    spans = [(size - 1) * step for size, step in zip(array.shape, array.strides, strict=True)]
+    low = array.ctypes.data + sum(span for span in spans if span < 0)
+    return low, array.ctypes.data + sum(span for span in spans if span > 0) + array.itemsize
 
 
 def _sharing(arrays: dict[str, Array]) -> list[dict[str, Array]]:
