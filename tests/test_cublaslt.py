@@ -180,6 +180,19 @@ def test_errors_name_function_status_and_shape(lib: Library) -> None:
         lib.set("MatmulDesc", plan.desc, cublaslt.DESC_EPILOGUE, c_int64(1), plan.problem)  # of 8 bytes, not 4
 
 
+def test_products_without_a_handle(lib: Library) -> None:
+    """As far as a machine without a GPU gets: the library reads the arguments, and misses the handle."""
+    plan = Plan(lib, problem(epilogue=cublaslt.GELU_AUX_BIAS, ldaux=16))
+    plan.point(0x1000, 0x2000)
+    about = re.escape(f"CUBLAS_STATUS_NOT_INITIALIZED for {plan.problem}")
+    with pytest.raises(DeviceError, match=f"cublasLtMatmulAlgoGetHeuristic: {about}"):
+        plan.choose(c_void_p(), 1 << 25)
+    plan._algorithm = Algorithm()
+    with pytest.raises(DeviceError, match=f"cublasLtMatmul: {about}"):
+        plan.run(c_void_p(), 0x3000, 0x4000, 0x5000, (0x6000, 1 << 25), 0)
+    assert plan.number() == 0
+
+
 def test_allowed_status_is_given_back(lib: Library) -> None:
     plan, wrong = Plan(lib, problem()), c_float(0)
     args = plan.desc, 9999, byref(wrong), ctypes.sizeof(wrong)
