@@ -121,7 +121,7 @@ __device__ __forceinline__ Matrix matrix(const floatX *x, long long ld, int rows
 
 #if STORAGE_BF16
 
-// ---- bfloat16: tiles as they lie in memory, mma.sync ----------------------------------------------------------------
+// ---- bfloat16: tiles as they lie in memory, mma.sync --------------------------------------------
 //
 // A tile whose rows run along K is 128 x 32, one whose rows run along M or N is 32 x 128; ldmatrix transposes the
 // latter on the way to the registers.  Rows are padded by 16 bytes, so that the 8 rows that ldmatrix reads lie in
@@ -214,8 +214,7 @@ __device__ __forceinline__ void finish_all(const Output &o, int m0, int n0, Sums
 
 #else
 
-// ---- float32: tiles with K over their rows, FMA
-// ----------------------------------------------------------------------
+// ---- float32: tiles with K over their rows, FMA -------------------------------------------------
 //
 // Thread (y, x) of 16 x 16 owns rows 4y .. 4y+3 and 64 + 4y .. of out, columns alike: of a row of a tile a warp reads
 // neighbouring 16 bytes.  Rows are padded by 16 bytes for those that write a tile transposed.
@@ -293,8 +292,7 @@ __device__ __forceinline__ void finish_all(const Output &o, int m0, int n0, Sums
 
 #endif
 
-// ---- the walk along K
-// ------------------------------------------------------------------------------------------------
+// ---- the walk along K ---------------------------------------------------------------------------
 
 template <bool TA, bool TB>
 __device__ __forceinline__ void product(floatX *shared, const Output &o, const Matrix &a, const Matrix &b, int K) {
@@ -339,8 +337,7 @@ GEMM(gemm_nt, false, true)
 GEMM(gemm_tn, true, false)
 GEMM(gemm_tt, true, true)
 
-// ---- sums of columns
-// -------------------------------------------------------------------------------------------------
+// ---- sums of columns ----------------------------------------------------------------------------
 
 // partial[c, n] = sum of x[m, n] over the `rows` rows of chunk c, for n < N.  x (M,ld): the columns from x on.
 //

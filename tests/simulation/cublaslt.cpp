@@ -85,8 +85,7 @@ uint32_t alignment(const void *pointer) {
     return lowest == 0 || lowest > 256 ? 256 : (uint32_t)lowest;
 }
 
-// ---- attributes
-// ------------------------------------------------------------------------------------------------------
+// ---- attributes ---------------------------------------------------------------------------------
 
 struct Field {
     size_t offset, size;
@@ -133,8 +132,7 @@ int get(const void *object, const std::map<int, Field> &fields, int attribute, v
     return SUCCESS;
 }
 
-// ---- what may be asked for
-// -------------------------------------------------------------------------------------------
+// ---- what may be asked for ----------------------------------------------------------------------
 
 bool biased(uint32_t epilogue) {
     return epilogue == BIAS || epilogue == GELU_AUX_BIAS || epilogue == BGRADA || epilogue == BGRADB;
@@ -184,8 +182,7 @@ Status check(const Desc *desc, const Layout *a, const Layout *b, const Layout *c
     return SUCCESS;
 }
 
-// ---- arithmetic
-// ------------------------------------------------------------------------------------------------------
+// ---- arithmetic ---------------------------------------------------------------------------------
 
 uint32_t bits(float x) {
     uint32_t word;
@@ -298,8 +295,7 @@ void multiply(void *data) {
 
 } // namespace
 
-// ---- the interface
-// ---------------------------------------------------------------------------------------------------
+// ---- the interface ------------------------------------------------------------------------------
 
 #define API extern "C" __attribute__((visibility("default")))
 
