@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import report
-from simulate import simulate
+from simulate import cpu_info, simulate
 
 from llmc import machine, ops, profiling, results
 from llmc.benchmark import GPU, KernelRow, Settings, gpu_kernels
@@ -85,7 +85,7 @@ def rows_of(args: argparse.Namespace, until: float) -> Iterator[KernelRow]:
 def kernels(args: argparse.Namespace, write: Write) -> str:
     """Every op: its rate, and the fraction of the copy's or the product's, measured beside it."""
     until = time.monotonic() + args.seconds - LEAVING
-    facts = machine.facts(ops.load("cpu").info()) | machine.gpu_facts(ops.load(args.device).info())
+    facts = machine.facts(cpu_info()) | machine.gpu_facts(ops.load(args.device).info())
     rows: list[KernelRow] = []
     for row in rows_of(args, until):
         rows.append(row)

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import report
 from programs import Settings
-from simulate import simulate
+from simulate import cpu_info, simulate
 
 from llmc import loading, machine, memory, ops
 from llmc.benchmark import LEARNING_RATE, RECIPE, flops_per_token
@@ -194,7 +194,8 @@ class Run:
         free = memory.machine().available if found is None else found[0]
         share = free // (1 if len(self.args.programs) == 1 else TOGETHER)
         B = 1
-        while memory.plan(preset(c.init), backend, 2 * B, c.T).total <= share:
+        storage = backend.info()["storage"]
+        while memory.plan(preset(c.init), backend, 2 * B, c.T, dtype=storage).total <= share:
             B *= 2
         return c._replace(B=B)
 
@@ -203,7 +204,9 @@ class Run:
         path = self.folder / f"{init}.bin"
         if not path.exists():
             say(f"{path.name}: random weights, seed {self.args.seed}")
-            loading.save_bin(loading.load(init, seed=self.args.seed, threads=self.threads), path)
+            # On a GPU, since its machine may have no kernels for the CPU.
+            where = {"device": self.args.device} if self.gpu else {"threads": self.threads}
+            loading.save_bin(loading.load(init, seed=self.args.seed, dtype="fp32", **where), path)
         return path
 
     def settings(self, program: str, c: Configuration, dtype: str) -> Settings:
@@ -429,7 +432,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     try:
-        facts = machine.facts(ops.load("cpu", threads=args.threads).info())
+        facts = machine.facts(cpu_info(args.threads, required=args.device == "cpu"))
         if args.device != "cpu":
             simulate()
             facts |= machine.gpu_facts(ops.load(args.device, dtype=args.dtypes[0], attention=args.attention).info())

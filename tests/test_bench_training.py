@@ -80,6 +80,171 @@ def test_summary_compares_rounds_not_medians(report: Any) -> None:
     assert (row["peak_mib"], row["library_mib"]) == (20.0, 10.0)
 
 
+# ---- on a GPU --------------------------------------------------------------------------------------
+
+
+def test_data_sheets(report: Any) -> None:
+    """Dense figures, by name; half of them in tf32, none for what is not made of tensor cores, or not known."""
+    assert report.datasheet("NVIDIA H100 80GB HBM3") == report.datasheet("NVIDIA H200") == 989.4e12
+    assert report.datasheet("NVIDIA H100 PCIe") == 756.5e12
+    assert report.datasheet("NVIDIA A100-SXM4-80GB", "tf32") == pytest.approx(156e12, rel=1e-3)
+    assert report.datasheet("NVIDIA A100-SXM4-80GB", "fp32") is None
+    assert report.datasheet("Simulated GPU") is None
+
+
+def gpu_section(report: Any, **changes: Any) -> dict[str, Any]:
+    """What bench/training.py finds of llmc and a program that takes 1.2 times as long."""
+    section = {
+        "init": "d12", "B": 4, "T": 1024, "dtype": "bf16", "device": "cuda", "only_forward": False, "rounds": 3,
+        "steps": 20, "warmup": 1, "difference": 0.001, "compared_with": "llmc's", "skipped": {}, "failures": [],
+        "programs": [], "flops": 3e12, "peak": 6e14, "stream": 3e12, "roofline_ms": 6.0, "adamw_bytes": 1.0, **changes,
+    }  # fmt: skip
+    ours = [{"losses": [1.0], "step": step, "busy": 0.98} for step in (9.0, 0.010, 0.012, 0.011)]
+    theirs = [{"losses": [1.0], "step": 1.2 * answer["step"], "busy": None} for answer in ours]
+    for name, answers in (("llmc", ours), ("torch.compile", theirs)):
+        measured = report.Measured(name, answers, ours, {"libraries": 1.0, "peak": 2.0}, [3.0], 1)
+        section["programs"].append(report.summary(measured, section, 4096, "NVIDIA H100 80GB HBM3"))
+    return section
+
+
+def test_a_gpus_section(report: Any) -> None:
+    """No parts of a step; both kinds of MFU, and the GPU's share."""
+    section = gpu_section(report)
+    ours, theirs = section["programs"]
+    assert ours["step"] == pytest.approx(11.0) and theirs["ratio"] == pytest.approx(1.2)
+    assert ours["mfu"] == pytest.approx(3e12 / 0.011 / 6e14)
+    assert ours["mfu_datasheet"] == pytest.approx(3e12 / 0.011 / 989.4e12)
+    assert (ours["busy"], theirs["busy"], ours["forward"]) == (0.98, None, None)
+    result = {"machine": {"processor": "p", "GPU": "g", "threads": 1, "commit": "c"}, "configurations": [section]}
+    text = report.markdown(result)
+    assert "turns of 20 steps" in text and " 98.0 % |" in text and "| GPU MiB |" in text and "backward" not in text
+    rows = list(csv.DictReader(report.as_csv(result).splitlines()))
+    assert [row["mfu_datasheet"] != "" and row["GPU"] for row in rows] == ["g", "g"] and rows[0]["forward"] == ""
+
+
+@pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is not installed")
+def test_a_gpus_plot(tmp_path: Path, report: Any) -> None:
+    facts = {"processor": "p", "threads": 1, "commit": "c"}
+    report.plot({"machine": facts, "configurations": [gpu_section(report)]}, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_goals(report: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each beside the best that was found for it; what was not measured is said to be so."""
+    import goals
+
+    none = goals.rows([])
+    assert len(none) == len(goals.GOALS) and {tuple(row[2:]) for row in none} == {(goals.MISSING, "")}
+
+    def kernel(op: str, fraction: float, rate: float = 1.0, **changes: Any) -> dict[str, Any]:
+        return {"op": op, "dtype": "bf16", "isa": "cuda", "fraction": fraction, "rate": rate, **changes}
+
+    forward = gpu_section(report, dtype="tf32", only_forward=True)
+    rows = [
+        kernel("layernorm_forward", 0.5), kernel("layernorm_forward", 0.9), kernel("layernorm_backward", 0.84),
+        kernel("residual_layernorm_forward", 0.95), kernel("gelu_forward", 0.86), kernel("gelu_backward", 0.85),
+        kernel("adamw_step", 0.99, dtype="fp32"), kernel("attention_forward", 0.3, 201e3),
+        kernel("attention_backward", 0.3, 149e3), kernel("attention_backward", 0.3, 400e3, isa="cudnn"),
+    ]  # fmt: skip
+    parts = [
+        {"part": "gpu"}, {"results": {"rows": rows}},
+        {"results": {"configurations": [gpu_section(report), forward]}},
+    ]  # fmt: skip
+    found = {row[0].split(":")[0].split(",")[0]: row[1:] for row in goals.rows(parts)}
+    assert found["layernorm"] == ["85%", "84%", "no"]
+    assert found["GELU"] == ["85%", "85%", "yes"]
+    assert found["AdamW"][1] == found["classifier"][1] == goals.MISSING, "fp32's is another figure"
+    texts = {row[0]: row[1:] for row in goals.rows(parts)}
+    assert texts["own attention, forward, TFLOP/s of the causal half"] == ["200", "201", "yes"]
+    assert texts["own attention, backward, TFLOP/s of the causal half"] == ["150", "149", "no"]
+    assert texts["124M bf16 training, T=1024: time of torch.compile / llmc's"] == ["1.15", "1.20", "yes"]
+    assert texts["124M bf16 training, T=1024: MFU of the data sheet's"] == ["45.0%", "27.6%", "no"]
+    assert texts["forward, TF32, B=4 T=1024: time of torch.compile / llmc's"] == ["1.00", "1.20", "yes"]
+    assert texts["forward, fp32, B=4 T=1024: time of torch.compile / llmc's"][1] == goals.MISSING
+    assert texts["the part of a training step in which the GPU is busy"] == ["97.0%", "98.0%", "yes"]
+
+
+def settings_of(training: Any, folder: Path, program: str, **changes: Any) -> dict[str, Any]:
+    args = SimpleNamespace(
+        seed=0, device="cpu", only_forward=False, attention=None, turn=0, began=0.0, seconds=0.0
+    )  # fmt: skip
+    shared = training.Run(args, 1, folder)
+    made: dict[str, Any] = shared.settings(program, training.Configuration("tiny", 2, 8, 1), "fp32")
+    return {**made, **changes}
+
+
+TURNS = """
+import json, sys
+sys.path.insert(0, sys.argv[2])
+import programs
+settings = json.loads(sys.argv[1])
+PyTorch = programs.PROGRAMS["torch"]
+single, several = PyTorch(settings), PyTorch(settings)
+one_by_one = [single.turn(number)["losses"][0] for number in range(4)]
+several.settings = {**settings, "steps": 3}
+first, then = several._turn(0), several._turn(1)
+several.settings["only_forward"] = True
+still, again = several._turn(2), several._turn(2)
+several._set_up_gpu()  # every name in it is PyTorch's
+print(json.dumps([one_by_one, first["losses"] + then["losses"], still["losses"], again["losses"], then["step"]]))
+"""
+
+
+@pytest.mark.skipif(find_spec("torch") is None, reason="PyTorch is not installed")
+@pytest.mark.heavy
+def test_pytorchs_turns(tmp_path: Path, training: Any) -> None:
+    """As they are taken on a GPU: the losses of steps one by one, and none learns with the forward pass alone."""
+    settings = settings_of(training, tmp_path, "eager")
+    command = [sys.executable, "-c", TURNS, json.dumps(settings), str(BENCH)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    one_by_one, turns, still, again, step = json.loads(done.stdout)
+    assert turns == pytest.approx(one_by_one, rel=1e-6) and step > 0
+    assert len(still) == 3 and still == again
+
+
+def test_a_program_says_why_it_failed(tmp_path: Path, training: Any) -> None:
+    """In a line of its own, which the parent passes on; and one that takes too long is given up."""
+    settings = settings_of(training, tmp_path, "llmc", T=99)
+    with pytest.raises(training.ProgramFailed, match="llmc: sequence length"):
+        training.Worker("llmc", settings, tmp_path)
+    with pytest.raises(training.ProgramFailed, match="no time left"):
+        training.Worker("llmc", settings_of(training, tmp_path, "llmc"), tmp_path, until=0.0)
+
+
+def test_the_largest_batch(tmp_path: Path, training: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest power of two with which llmc's plan takes its share of what is free, in the storage type."""
+    from llmc import memory
+
+    asked = []
+
+    class Backend:
+        def info(self) -> dict[str, Any]:
+            return {"storage": "bfloat16"}
+
+        def memory(self) -> tuple[int, int]:
+            return 8000, 9000
+
+    def plan(config: Any, ops: Any, B: int, T: int, dtype: str) -> Any:
+        asked.append((B, T, dtype))
+        return SimpleNamespace(total=100 * B)
+
+    monkeypatch.setattr(training.ops, "load", lambda *args, **kwargs: Backend())
+    monkeypatch.setattr(memory, "plan", plan)
+    args = SimpleNamespace(
+        seed=0, device="cuda", only_forward=False, attention=None, turn=0, began=0.0, seconds=0.0, programs=["llmc"]
+    )
+    run = training.Run(args, 1, tmp_path)
+    parsed = training.Configuration.parse("tiny:maxx8=3", 9)
+    assert (parsed.B, parsed.rounds) == (0, 3)
+    assert run.fitting(parsed, "bf16").B == 64 and {dtype for _, _, dtype in asked} == {"bfloat16"}
+    args.programs = ["llmc", "eager", "compile"]
+    assert run.fitting(parsed, "bf16").B == 8
+    assert run.fitting(training.Configuration("tiny", 3, 8, 1), "bf16").B == 3
+    assert run.machine(training.Configuration("tiny", 3, 8, 1), "bf16")["steps"] == 100
+    assert run.machine(training.Configuration("gpt2-large", 32, 1024, 1), "bf16")["steps"] == 1
+
+
 def test_differences_of_losses(training: Any) -> None:
     def difference(losses: list[float]) -> float:
         value: float = training.largest_difference({"llmc": [1.0, 2.0, 3.0], "them": losses}, [1.0, 2.0, 3.0])
@@ -94,7 +259,7 @@ def test_configurations(training: Any) -> None:
     parsed = training.Configuration.parse("d2:3x16=5", 9)
     assert (parsed.init, parsed.B, parsed.T, parsed.rounds) == ("d2", 3, 16, 5)
     assert training.Configuration.parse("d2:3x16", 9).rounds == 9
-    for text in ("d2", "d2:3", "d2:0x4", "d2:1x1025", "gpt2:1x4", "d2:1x4=0"):
+    for text in ("d2", "d2:3", "d2:0x4", "d2:1x1025", "gpt2:1x4", "d2:1x4=0", "d2:maxx0", "d2:max", "d2:max4"):
         with pytest.raises(ValueError):
             training.Configuration.parse(text, 9)
 
@@ -174,6 +339,8 @@ def test_plot(tmp_path: Path, report: Any) -> None:
         (["--dtypes", "fp8"], "'fp8' is unknown"),
         (["--configs", "d2:4"], "INIT:BxT=ROUNDS is wanted"),
         (["--rounds", "0"], "--rounds: must be at least 1"),
+        (["--only-forward"], "are for GPUs"),
+        (["--device", "tpu"], "'tpu' is unknown"),
     ],
 )
 def test_options_are_checked(arguments: list[str], said: str) -> None:
