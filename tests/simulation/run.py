@@ -99,7 +99,7 @@ def _value(argument: Any) -> Any:
     if argument is None:
         return c_void_p()
     if isinstance(argument, (bool, int, np.integer)):
-        return c_int(argument)
+        return c_int(int(argument))
     if isinstance(argument, (float, np.floating)):
-        return ctypes.c_float(argument)
+        return ctypes.c_float(float(argument))
     return argument
