@@ -5,18 +5,25 @@
 //     backward   dV = P^T dO;  dP = dO V^T;  dS = P (dP - delta), delta = rowsum(dO O);  dQ = dS K;  dK = dS^T Q
 //
 // A block of four warps owns BM rows of one head: queries in `forward` and `backward_queries`, keys in `backward_keys`,
-// a warp 16 M of them. It walks over tiles of BN rows of the other side, the next of which is copied while this one is
-// computed. Every result has one owner, which adds in the order of the tiles: no atomics. The price is that
-// the backward pass makes S and dP twice, seven products for five.
+// a warp 16 M of them.  It walks over tiles of BN rows of the other side, the next of which is copied while this one is
+// computed.  Every result has one owner, which adds in the order of the tiles: no atomics.  The price is that the
+// backward pass makes S and dP twice, seven products for five.
 //
 // What a warp computes stays in its registers: the sums of one product (rows g, g + 8; columns 2t, 2t + 1) are laid out
 // as the left operand of the next, which therefore is P or dS in the first two kernels, P^T or dS^T in the third.
 //
-// Budget, for D = 64 on an H100. A product of 16 x 8 x 16 keeps the tensor cores of an SM busy for 1.6 cycles (mma.sync
-// reaches about 62 % of the peak), ldmatrix x4 the shared memory for 4. With M = 2 each block of 16 x 16 read feeds
-// four products, so tensor cores are the limit, not shared memory. 32 rows of sums cost 64 registers for O (128 for dK
-// and dV) and 64 for the scores: up to 255 a thread, two blocks an SM, eight warps, of which one exponentiates while
-// another multiplies. Larger heads halve M, BN, or both.
+// The budget, for D = 64 on an H100, whose tensor cores take a product of 16 x 8 x 16 in about 6.2 cycles a quarter of
+// an SM, 1.55 an SM (mma.sync reaches some 62 % of the peak), while ldmatrix x4 takes its shared memory 4 cycles and
+// exponentials of a warp 8 a quarter.  With M = 2 a block of 16 x 16 that was read feeds four products, with M = 1 two:
+// 2 cycles of shared memory for 1.55 of tensor cores.  Hence M = 2, and up to 255 registers: two blocks, eight warps an
+// SM, of which one exponentiates while another multiplies.  A warp and tile:
+//
+//                       products   cycles   ldmatrix   cycles of 8 warps   exponentials   cycles
+//     forward                128      790         36      1150 for 1590             68      540
+//     backward_queries        96      600         40      1280 for 1190             32      260
+//     backward_keys          128      790         48      1540 for 1590             32      260
+//
+// Wider heads have twice the sums and so half the rows (M = 1), smaller tiles, or for D = 256 dK and dV one at a time.
 
 #include "common.cuh"
 
@@ -81,23 +88,21 @@ template <int D> __device__ __forceinline__ unsigned lane_rows() {
     return place<D>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
 }
 
-// The warp's 16 M rows of a tile, of which `rows` is the first, as left operands.  Kept for the whole kernel where
-// registers allow, else read again for each product.
-template <int D, int M, bool KEEP> struct Left {
+// The warp's 16 M rows of a tile, of which `rows` is the first, as left operands.  Those of the first KEPT steps of 16
+// columns stay in registers for the whole kernel; the others are read again for each product.
+template <int D, int M, int KEPT> struct Left {
     unsigned rows;
-    unsigned kept[KEEP ? D / 16 : 1][M][4];
+    unsigned kept[KEPT < D / 16 ? KEPT + 1 : KEPT][M][4];
 
     __device__ __forceinline__ void begin(unsigned tile, int first) {
         rows = tile + first * (D * 2);
-        if (KEEP) {
 #pragma unroll
-            for (int k = 0; k < D / 16; k++) read(k, k);
-        }
+        for (int k = 0; k < KEPT; k++) read(k, k);
     }
 
     __device__ __forceinline__ const unsigned (&get(int k))[M][4] {
-        if (!KEEP) read(0, k);
-        return kept[KEEP ? k : 0];
+        if (k >= KEPT) read(KEPT, k);
+        return kept[k < KEPT ? k : KEPT];
     }
 
     __device__ __forceinline__ void read(int slot, int k) {
@@ -117,8 +122,8 @@ template <int M, int N> __device__ __forceinline__ void clear(float (&x)[M][N][4
 }
 
 // s += left right^T: the warp's 16 M rows of one tile by the BN rows of another, over D columns.
-template <int D, int BN, int M, bool KEEP>
-__device__ __forceinline__ void multiply_rows(float (&s)[M][BN / 8][4], Left<D, M, KEEP> &left, unsigned right) {
+template <int D, int BN, int M, int KEPT>
+__device__ __forceinline__ void multiply_rows(float (&s)[M][BN / 8][4], Left<D, M, KEPT> &left, unsigned right) {
     right += lane_rows<D>();
 #pragma unroll
     for (int k = 0; k < D / 16; k++) {
@@ -236,7 +241,7 @@ __device__ __forceinline__ void forward(bf16 *out, float *lse, const bf16 *qkv, 
     for (int m = 0; m < M; m++)
 #pragma unroll
         for (int half = 0; half < 2; half++) largest[m][half] = -INFINITY, total[m][half] = 0.0f;
-    Left<D, M, (M * D <= 64)> q;
+    Left<D, M, D <= 64 ? (D / 16 + 1) / 2 : 0> q;
     cp_async_wait<0>();
     __syncthreads();
     q.begin(q_tile, first);
@@ -271,8 +276,8 @@ __device__ __forceinline__ void forward(bf16 *out, float *lse, const bf16 *qkv, 
                     float top = largest[m][half];
 #pragma unroll
                     for (int n = 0; n < BN / 8; n++) top = fmaxf(top, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
-                    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
-                    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
+                    top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, 1));
+                    top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, 2));
                     const float keep = exp2_approx((largest[m][half] - top) * c), shift = top * c;
                     largest[m][half] = top;
                     float l = total[m][half] * keep;
@@ -298,8 +303,8 @@ __device__ __forceinline__ void forward(bf16 *out, float *lse, const bf16 *qkv, 
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             float l = total[m][half];
-            l += __shfl_xor_sync(0xffffffffu, l, 1);
-            l += __shfl_xor_sync(0xffffffffu, l, 2);
+            l += __shfl_xor_sync(ALL_LANES, l, 1);
+            l += __shfl_xor_sync(ALL_LANES, l, 2);
             total[m][half] = 1.0f / l;
             const int row = row0 + 16 * m + 8 * half + g;
             if (t == 0 && row < T) lse[(long long)own.head * T + row] = largest[m][half] * scale + logf(l);
@@ -317,7 +322,7 @@ __device__ __forceinline__ void backward_queries(bf16 *dqkv, float *delta, const
                                                  const bf16 *out, const float *lse, int T, int H, int heads,
                                                  int group) {
     constexpr int M = BM / WARPS / 16, CHUNKS = D / 8;
-    constexpr bool KEEP = M * D <= 64;
+    constexpr int KEPT = D <= 32 ? D / 16 : 0;
     constexpr unsigned OWN = BM * D * 2, OTHER = BN * D * 2;
     constexpr unsigned q_tile = 0, do_tile = OWN, k_tiles = 2 * OWN, v_tiles = k_tiles + 2 * OTHER;
     const int blocks = (T + BM - 1) / BM;
@@ -353,7 +358,7 @@ __device__ __forceinline__ void backward_queries(bf16 *dqkv, float *delta, const
             }
         }
 #pragma unroll
-        for (int step = CHUNKS / 2; step > 0; step /= 2) dot += __shfl_xor_sync(0xffffffffu, dot, step);
+        for (int step = CHUNKS / 2; step > 0; step /= 2) dot += __shfl_xor_sync(ALL_LANES, dot, step);
         if (chunk == 0 && q0 + row < T) delta[statistics + q0 + row] = dot;
     }
     __syncwarp();
@@ -368,7 +373,7 @@ __device__ __forceinline__ void backward_queries(bf16 *dqkv, float *delta, const
         }
     float sum[M][D / 8][4];
     clear(sum);
-    Left<D, M, KEEP> q, o;
+    Left<D, M, KEPT> q, o;
     cp_async_wait<0>();
     __syncthreads();
     q.begin(q_tile, first);
@@ -449,7 +454,7 @@ __device__ __forceinline__ void backward_keys(bf16 *dqkv, const bf16 *dout, cons
     cp_async_commit();
     float dk[M][KEYS ? D / 8 : 1][4], dv[M][VALUES ? D / 8 : 1][4];
     clear(dk), clear(dv);
-    Left<D, M, false> k, v;
+    Left<D, M, 0> k, v;
     k.begin(k_tile, first);
     v.begin(v_tile, first);
     cp_async_wait<0>();
