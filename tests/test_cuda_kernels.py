@@ -346,8 +346,15 @@ def test_a_recording_holds_its_workspace(cuda: ModuleType, folder: Path) -> None
     assert np.asarray(out).tolist() == [3, 4]
 
 
-def test_nothing_is_freed_in_a_capture(cuda: ModuleType) -> None:
-    """Arrays that die while a capture is on, whoever they belonged to, are freed after it."""
+def test_nothing_is_freed_in_a_capture(cuda: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arrays and recordings that die while a capture is on, whoever they belonged to, are freed after it."""
+    in_a_capture, destroy = [], driver.destroy_executable
+
+    def noted(executable: int) -> None:
+        in_a_capture.append(device.handle().capturing)
+        destroy(executable)
+
+    monkeypatch.setattr(driver, "destroy_executable", noted)
     before, x, out = free(cuda), filled([1.0]), cuda.empty((1,), "float32")
     garbage: list[Any] = []
 
@@ -365,7 +372,7 @@ def test_nothing_is_freed_in_a_capture(cuda: ModuleType) -> None:
     step()
     step()
     assert np.asarray(out).tolist() == [1]
-    assert device.handle().dead == []
+    assert device.handle().dead == [] and in_a_capture == [False]
     del step
     assert before - free(cuda) < 1 << 20
 
