@@ -85,6 +85,12 @@ def each_isa_bf16(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
     yield from backend(request.param, "bf16")
 
 
+@pytest.fixture(params=["cpu", "cuda"])
+def each_device(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """The CPU's backend on the instruction set in use, and CUDA's; arrays are NumPy's on both."""
+    yield from configured(None, threads=2) if request.param == "cpu" else backend("cuda", "fp32")
+
+
 @pytest.fixture
 def cuda() -> Iterator[ModuleType]:
     """llmc._cuda itself, in fp32, on a GPU or a simulated one; arrays are its own."""

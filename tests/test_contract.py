@@ -56,6 +56,10 @@ def test_cpu_is_a_backend(cpu: ModuleType) -> None:
     assert missing_or_different(cpu) == []
 
 
+def test_cuda_is_a_backend(cuda: ModuleType) -> None:
+    assert missing_or_different(cuda) == []
+
+
 def test_every_op_has_tests() -> None:
     """guard.OUTPUTS and guard.example, on which the op tests stand, leave nothing out."""
     assert set(OUTPUTS) == set(CONTRACT) - {
@@ -72,10 +76,10 @@ def test_every_op_is_documented(cpu: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("op", OUTPUTS)
-def test_examples_are_valid(cpu: ModuleType, rng: Generator, op: str) -> None:
+def test_examples_are_valid(each_device: ModuleType, rng: Generator, op: str) -> None:
     """The arguments that the refusals below start from are accepted, by position and by name."""
-    getattr(cpu, op)(*example(op, rng, SIZES).values())
-    getattr(cpu, op)(**example(op, rng, SIZES))
+    getattr(each_device, op)(*example(op, rng, SIZES).values())
+    getattr(each_device, op)(**example(op, rng, SIZES))
 
 
 def test_load(cpu: ModuleType) -> None:
@@ -211,13 +215,13 @@ def arrays_of(op: str) -> list[str]:
 
 
 def refuse(
-    cpu: ModuleType, op: str, arguments: Arguments, error: type[Exception] | tuple[type[Exception], ...],
+    backend: ModuleType, op: str, arguments: Arguments, error: type[Exception] | tuple[type[Exception], ...],
     naming: list[str],
 ) -> None:
     """The op raises `error`, its message has one of the names in it, and nothing was written."""
     before = {name: value.tobytes() for name, value in arguments.items() if isinstance(value, np.ndarray)}
     with pytest.raises(error) as caught:
-        getattr(cpu, op)(*(arguments[name] for name in names(op)))
+        getattr(backend, op)(*(arguments[name] for name in names(op)))
     message = str(caught.value)
     assert any(re.search(rf"\b{name}\b", message) for name in naming), f"{message!r} names none of {naming}"
     for name, content in before.items():
@@ -231,7 +235,7 @@ OPTIONAL |= {("gelu_linear_backward", "db"), ("adamw_step", "copy")}
 
 @pytest.mark.parametrize("wrong", ["other float", "float16", "uint8", "other integer", "big-endian"])
 @pytest.mark.parametrize("op, name", ARRAYS)
-def test_wrong_dtype(cpu: ModuleType, rng: Generator, op: str, name: str, wrong: str) -> None:
+def test_wrong_dtype(each_device: ModuleType, rng: Generator, op: str, name: str, wrong: str) -> None:
     given = example(op, rng, SIZES)
     own = given[name].dtype
     others = {
@@ -239,7 +243,7 @@ def test_wrong_dtype(cpu: ModuleType, rng: Generator, op: str, name: str, wrong:
         "other integer": "int64" if own == np.int32 else "int32", "big-endian": own.newbyteorder(">"),
     }  # fmt: skip
     given[name] = given[name].astype(others.get(wrong, wrong))
-    refuse(cpu, op, given, ValueError, [name])
+    refuse(each_device, op, given, ValueError, [name])
 
 
 ANY_SHAPE = {("zero", "x"), ("normal", "out"), ("global_norm", "x")}
@@ -249,7 +253,7 @@ ANY_RANK = {"copy", "gelu_forward", "gelu_backward", "residual_forward"}  # that
 
 @pytest.mark.parametrize("change", ["one more", "one less", "flat"])
 @pytest.mark.parametrize("op, name", ARRAYS)
-def test_wrong_rank(cpu: ModuleType, rng: Generator, op: str, name: str, change: str) -> None:
+def test_wrong_rank(each_device: ModuleType, rng: Generator, op: str, name: str, change: str) -> None:
     given = example(op, rng, SIZES)
     shape = given[name].shape
     new = {"one more": (1, *shape), "one less": (-1, *shape[2:]), "flat": (-1,)}[change]
@@ -258,11 +262,11 @@ def test_wrong_rank(cpu: ModuleType, rng: Generator, op: str, name: str, change:
     if (op, name) in ANY_SHAPE:
         pytest.skip("takes any shape")
     given[name] = given[name].reshape(new)
-    refuse(cpu, op, given, ValueError, arrays_of(op) if op in ANY_RANK else [name])
+    refuse(each_device, op, given, ValueError, arrays_of(op) if op in ANY_RANK else [name])
 
 
 @pytest.mark.parametrize("op, name", ARRAYS)
-def test_not_contiguous(cpu: ModuleType, rng: Generator, op: str, name: str) -> None:
+def test_not_contiguous(each_device: ModuleType, rng: Generator, op: str, name: str) -> None:
     value = example(op, rng, SIZES)[name]
     spread = np.zeros((*value.shape[:-1], 2 * value.shape[-1]), value.dtype)[..., ::2]
     for strided in (spread, value[::-1], np.asfortranarray(value)):
@@ -270,31 +274,31 @@ def test_not_contiguous(cpu: ModuleType, rng: Generator, op: str, name: str) -> 
             continue  # Fortran order is C order along one axis
         given = example(op, rng, SIZES)
         given[name] = strided
-        refuse(cpu, op, given, ValueError, [name])
+        refuse(each_device, op, given, ValueError, [name])
 
 
 @pytest.mark.parametrize("what", ["None", "list", "str", "int", "bytes"])
 @pytest.mark.parametrize("op, name", ARRAYS)
-def test_no_array(cpu: ModuleType, rng: Generator, op: str, name: str, what: str) -> None:
+def test_no_array(each_device: ModuleType, rng: Generator, op: str, name: str, what: str) -> None:
     given = example(op, rng, SIZES)
     if what == "None" and (op, name) in OPTIONAL:
         pytest.skip("may be None")
     wrong: dict[str, Any] = {"None": None, "list": [[0.0]], "str": "x", "int": 3, "bytes": b"1234"}
     given[name] = wrong[what]
     if op == "head_loss" and name in ("dx", "dw") and what == "None":
-        refuse(cpu, op, given, ValueError, ["dx", "dw"])
+        refuse(each_device, op, given, ValueError, ["dx", "dw"])
     else:
-        refuse(cpu, op, given, TypeError, [name])
+        refuse(each_device, op, given, TypeError, [name])
 
 
 OUTPUT_ARRAYS = [(op, name) for op in OUTPUTS for name in OUTPUTS[op]]
 
 
 @pytest.mark.parametrize("op, name", OUTPUT_ARRAYS)
-def test_read_only_output(cpu: ModuleType, rng: Generator, op: str, name: str) -> None:
+def test_read_only_output(each_device: ModuleType, rng: Generator, op: str, name: str) -> None:
     given = example(op, rng, SIZES)
     given[name].flags.writeable = False
-    refuse(cpu, op, given, ValueError, [name])
+    refuse(each_device, op, given, ValueError, [name])
 
 
 # Axes that nothing else determines: a padded table, or positions beyond those in use.
@@ -314,7 +318,7 @@ FREE_AXES = {
         if (op, name) not in ANY_SHAPE | ANY_SIZE
     ],
 )
-def test_wrong_size(cpu: ModuleType, rng: Generator, op: str, name: str, axis: int, by: int) -> None:
+def test_wrong_size(each_device: ModuleType, rng: Generator, op: str, name: str, axis: int, by: int) -> None:
     """One axis of one array a step longer or shorter than the others say."""
     if by == 1 and (op, name, axis) in FREE_AXES:
         pytest.skip("may be longer")
@@ -327,7 +331,7 @@ def test_wrong_size(cpu: ModuleType, rng: Generator, op: str, name: str, axis: i
         given["tokens"][0, 0] = SIZES.Vp - 1
     if (op, name, axis) == ("embedding_backward", "dwpe", 0):
         given[name] = np.zeros((SIZES.T - 1, SIZES.C), np.float32)
-    refuse(cpu, op, given, ValueError, names(op))
+    refuse(each_device, op, given, ValueError, names(op))
 
 
 @pytest.mark.parametrize("index", [0, 3, -1])
@@ -336,13 +340,13 @@ def test_wrong_size(cpu: ModuleType, rng: Generator, op: str, name: str, axis: i
     ("embedding_forward", "tokens"), ("embedding_backward", "tokens"), ("head_loss", "targets"),
 ])
 def test_token_out_of_range(
-    cpu: ModuleType, rng: Generator, op: str, name: str, token: int, index: int
+    each_device: ModuleType, rng: Generator, op: str, name: str, token: int, index: int
 ) -> None:
     given = example(op, rng, SIZES)
     given[name].flat[index] = token
     if op == "embedding_backward" and token == SIZES.V:
         pytest.skip("knows the padded table alone")
-    refuse(cpu, op, given, ValueError, [name])
+    refuse(each_device, op, given, ValueError, [name])
 
 
 SCALARS = [
@@ -363,28 +367,28 @@ SCALARS = [
 
 
 @pytest.mark.parametrize("op, name, value", SCALARS)
-def test_wrong_scalar(cpu: ModuleType, rng: Generator, op: str, name: str, value: Any) -> None:
+def test_wrong_scalar(each_device: ModuleType, rng: Generator, op: str, name: str, value: Any) -> None:
     given = example(op, rng, SIZES)
     given[name] = value
     related = {"V": ["V", "tokens", "targets", "wte", "w", "logits"], "H": ["H"]}
-    refuse(cpu, op, given, ValueError, related.get(name, [name]))
+    refuse(each_device, op, given, ValueError, related.get(name, [name]))
 
 
 @pytest.mark.parametrize("op", OUTPUTS)
-def test_number_of_arguments(cpu: ModuleType, rng: Generator, op: str) -> None:
+def test_number_of_arguments(each_device: ModuleType, rng: Generator, op: str) -> None:
     values = list(example(op, rng, SIZES).values())
     with pytest.raises(TypeError):
-        getattr(cpu, op)(*values[:-1])
+        getattr(each_device, op)(*values[:-1])
     with pytest.raises(TypeError):
-        getattr(cpu, op)(*values, None)
+        getattr(each_device, op)(*values, None)
 
 
-def test_heads_that_do_not_divide(cpu: ModuleType, rng: Generator) -> None:
+def test_heads_that_do_not_divide(each_device: ModuleType, rng: Generator) -> None:
     for op in ("attention_forward", "attention_backward"):
         for heads in (0, 2, 16):
             given = example(op, rng, SIZES)
             given["lse"] = np.zeros((SIZES.B, heads, SIZES.T), np.float32)
-            refuse(cpu, op, given, ValueError, names(op))
+            refuse(each_device, op, given, ValueError, names(op))
 
 
 # ---- the guard page itself -------------------------------------------------------------------------
