@@ -183,6 +183,16 @@ def test_nothing_to_attend_to(made: Made, B: int, T: int, H: int) -> None:
     assert list(made) == []
 
 
+def test_memory_plans_know_of_it(made: Made) -> None:
+    """What libraries take has room for dq in float32."""
+    size = {"channels": 64, "vocab_size": 384, "parameters": 1000, "tokens": 1 << 16, "heads": 4}
+    found = [
+        ops.load("cuda", dtype="bf16", attention=attention).workspace_nbytes(**size)["threads"]
+        for attention in ("own", "cudnn")
+    ]
+    assert found[1] - found[0] >= 4 * 64 * (1 << 16)
+
+
 # ---- is it there -----------------------------------------------------------------------------------
 
 

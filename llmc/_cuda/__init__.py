@@ -155,7 +155,10 @@ def info() -> dict[str, Any]:
 def workspace_nbytes(channels: int, vocab_size: int, parameters: int, tokens: int, heads: int) -> dict[str, int]:
     """Bytes of the workspace that `reserve` would make, and of what libraries and copies have of their own."""
     sizes = (module.scratch_nbytes(channels, vocab_size, parameters, tokens, heads) for module in SCRATCH)
-    return {"shared": max(sizes), "threads": device.libraries_nbytes()}
+    libraries = device.libraries_nbytes()
+    if device.attention == "cudnn":
+        libraries += cudnn.scratch_nbytes(channels, tokens, heads)
+    return {"shared": max(sizes), "threads": libraries}
 
 
 @op

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from llmc._cuda import device
 from llmc.errors import DeviceError
 
+SPARE_NBYTES = 1 << 20
 OLDEST = 90000  # cuDNN 9.0: the first whose attention takes strided views in both passes
 Q, K, V, OUT, LSE, DOUT, DQ, DK, DV = range(1, 10)  # of the tensors in a graph
 
@@ -68,6 +69,12 @@ def available() -> str | None:
     except Exception:  # whatever goes wrong in an import of somebody else's, there is attention without it
         return None
     return f"{number // 10000}.{number // 100 % 100}.{number % 100}, frontend {frontend}"
+
+
+def scratch_nbytes(channels: int, tokens: int, heads: int) -> int:
+    """About what the plans of one shape take beside their arguments, for memory plans: cuDNN tells when it has made
+    them.  Its backward pass sums dq in float32, and has two numbers for each row."""
+    return 4 * tokens * channels + 8 * tokens * heads + SPARE_NBYTES
 
 
 def forward(out: Any, lse: Any, qkv: Any) -> None:
