@@ -93,7 +93,7 @@ def kernels(args: argparse.Namespace, write: Write) -> str:
     return results.write(rows, facts, "md")
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", choices=("peaks", "kernels"))
     parser.add_argument("--device", default="cuda", metavar="NAME", help="cuda, cuda:1 ... (cuda)")
@@ -105,7 +105,11 @@ def main() -> None:
     parser.add_argument("--only", default="", metavar="TEXT", help="ops whose name holds TEXT, or one of A,B,C")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="turns of an op (5)")
     parser.add_argument("--turn-seconds", type=float, default=0.2, metavar="X", help="of an op in all its turns (0.2)")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
 
     def write(value: Any) -> None:
         if args.json:

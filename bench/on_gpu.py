@@ -377,13 +377,13 @@ def measurements(small_ones: bool) -> Iterator[Measurement]:
         return
     compared = ("--programs", "llmc,compile")
     yield Measurement("124M", 150, (*training, "d12:4x1024"))
-    yield Measurement(
-        "124M, forward", 110, (*training, "d12:4x1024", *compared, "--dtypes", "tf32,fp32", "--only-forward")
-    )
+    for dtype in ("tf32", "fp32"):
+        options = (*compared, "--dtypes", dtype, "--only-forward")
+        yield Measurement(f"124M, forward {dtype}", 80, (*training, "d12:4x1024", *options))
     yield Measurement("124M, large batch", 110, (*training, "d12:maxx1024", *compared))
     yield Measurement("124M, largest batch", 40, (*training, "d12:maxx1024", "--programs", "llmc"))
-    yield Measurement("350M", 110, (*training, "gpt2-medium:8x1024", *compared))
-    yield Measurement("774M", 120, (*training, "gpt2-large:4x1024", *compared))
+    yield Measurement("350M", 110, (*training, "d24:8x1024", *compared))
+    yield Measurement("774M", 120, (*training, "d36:4x1024", *compared))
 
 
 def measure(run: Run, limit: float, what: Measurement) -> Facts:

@@ -41,7 +41,7 @@ from llmc.gpt2 import parameter_rows, preset
 
 CONFIGURATIONS = {
     "cpu": "d12:4x64=9,d12:4x1024=3,stories:4x256=25",
-    "cuda": "d12:4x1024,d12:maxx1024,gpt2-medium:8x1024,gpt2-large:4x1024",
+    "cuda": "d12:4x1024,d12:maxx1024,d24:8x1024,d36:4x1024",
 }
 DTYPES = {"cpu": "fp32,bf16", "cuda": "bf16"}
 PROGRAMS = {"llmc": "llmc", "llmc-block": "llmc, recompute block", "eager": "PyTorch eager", "compile": "torch.compile"}

@@ -164,6 +164,30 @@ def test_goals(report: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert texts["the part of a training step in which the GPU is busy"] == ["97.0%", "98.0%", "yes"]
 
 
+@pytest.mark.parametrize("simulated", [False, True])
+def test_what_on_gpu_measures(training: Any, monkeypatch: pytest.MonkeyPatch, simulated: bool) -> None:
+    """Command lines that can be read, with a time and a file each; the goals' figures are among them."""
+    import gpu
+    import on_gpu
+
+    found = list(on_gpu.measurements(simulated))
+    assert sum(what.limit for what in found) < 1000 and len({what.name for what in found}) == len(found)
+    trained = []
+    for what in found:
+        script, *words = (word.format(json="found.json", seconds=60) for word in what.arguments)
+        monkeypatch.setattr(sys, "argv", [script, *words])
+        args = {"bench/gpu.py": gpu, "bench/training.py": training}[script].arguments()
+        assert args.device == "cuda" and args.seconds == 60
+        assert (args.json_out if script == "bench/training.py" else args.json) == Path("found.json")
+        if script == "bench/training.py":
+            trained += [(c.init, c.B, c.T, dtype, args.only_forward) for c in args.configs for dtype in args.dtypes]
+    if not simulated:
+        assert trained[:3] == [
+            ("d12", 4, 1024, "bf16", False), ("d12", 4, 1024, "tf32", True), ("d12", 4, 1024, "fp32", True),
+        ]  # fmt: skip
+        assert {init for init, *_ in trained} == {"d12", "d24", "d36"}
+
+
 def settings_of(training: Any, folder: Path, program: str, **changes: Any) -> dict[str, Any]:
     args = SimpleNamespace(
         seed=0, device="cpu", only_forward=False, attention=None, turn=0, began=0.0, seconds=0.0
@@ -259,6 +283,8 @@ def test_configurations(training: Any) -> None:
     parsed = training.Configuration.parse("d2:3x16=5", 9)
     assert (parsed.init, parsed.B, parsed.T, parsed.rounds) == ("d2", 3, 16, 5)
     assert training.Configuration.parse("d2:3x16", 9).rounds == 9
+    for texts in training.CONFIGURATIONS.values():
+        assert all(training.Configuration.parse(text, 9).rounds > 0 for text in texts.split(","))
     for text in ("d2", "d2:3", "d2:0x4", "d2:1x1025", "gpt2:1x4", "d2:1x4=0", "d2:maxx0", "d2:max", "d2:max4"):
         with pytest.raises(ValueError):
             training.Configuration.parse(text, 9)
