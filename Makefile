@@ -10,17 +10,18 @@ SOURCES := pyproject.toml CMakeLists.txt llmc/__init__.py \
 C_FILES := $(wildcard llmc/_cpu/simd/*.[ch] llmc/_cuda/*.cu llmc/_cuda/*.cuh \
              tests/simulation/*.[ch] tests/simulation/*.cpp tests/simulation/*.cuh)
 
-.PHONY: help train test lint format neon wheel clean
+.PHONY: help train test test-cuda lint format neon wheel clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo 'make train   set up, train a small GPT-2 on generated stories, print a sample'
-	@echo 'make test    set up, run the tests'
-	@echo 'make lint    set up, run ruff, mypy and clang-format'
-	@echo 'make format  clang-format the kernels in place'
-	@echo 'make neon    cross-build for ARM, run the op tests under QEMU (Debian; see .ci/neon)'
-	@echo 'make wheel   build a wheel into dist/'
-	@echo 'make clean   remove what these made (.venv, .cache, build, dist)'
+	@echo 'make train     set up, train a small GPT-2 on generated stories, print a sample'
+	@echo 'make test      set up, run the tests'
+	@echo 'make test-cuda the tests of the CUDA path, without a GPU: builds PyCUDA, loads 0.6 GB from NVIDIA'
+	@echo 'make lint      set up, run ruff, mypy and clang-format'
+	@echo 'make format    clang-format the kernels in place'
+	@echo 'make neon      cross-build for ARM, run the op tests under QEMU (Debian; see .ci/neon)'
+	@echo 'make wheel     build a wheel into dist/'
+	@echo 'make clean     remove what these made (.venv, .cache, build, dist)'
 	@echo
 	@echo 'PYTHON=python3.12 chooses the interpreter, for a new $(VENV);'
 	@echo 'ARGS="..." goes to llmc train or pytest: make test ARGS="-k linear"'
@@ -30,6 +31,9 @@ train: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pytest $(ARGS)
+
+test-cuda: $(VENV)/.installed-test $(VENV)/.installed-test-cuda $(VENV)/.installed-pycuda
+	$(VENV)/bin/python -m pytest -k cuda $(ARGS)
 
 lint: $(VENV)/.installed-lint
 	$(VENV)/bin/ruff check .
@@ -56,6 +60,10 @@ $(VENV)/.installed: $(SOURCES) | $(VENV)/bin/python
 $(VENV)/.installed-%: $(SOURCES) | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install --quiet --editable '.[$*]'
 	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-pycuda: .ci/pycuda | $(VENV)/bin/python
+	VENV="$(VENV)" .ci/pycuda
+	@touch $@
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
