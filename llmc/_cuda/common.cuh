@@ -158,7 +158,6 @@ template <typename Op, typename T> __device__ __forceinline__ T warp_reduce(T va
 }
 
 template <typename T> __device__ __forceinline__ T warp_sum(T value) { return warp_reduce<Sum>(value); }
-__device__ __forceinline__ float warp_max(float value) { return warp_reduce<Max>(value); }
 
 // Of the values of `warps` whole warps, the first being warp `first` of the block; every thread of theirs gets the
 // result.  All threads of the block must call it with the same `warps`, and `scratch` for a value of each warp.

@@ -11,7 +11,7 @@ WARP = 32
 HELD = 3  # packs of a row in each thread's registers, as in norm.cu
 MOST_THREADS = 192  # of a block of the kernels that hold rows, as in norm.cu
 THREADS = 128  # of a block, if a row takes fewer
-CHUNK_ROWS = 16  # the fewest rows whose sums are worth a partial pair of their own
+CHUNK_ROWS = 8  # the fewest rows whose sums are worth a partial pair of their own
 CHUNKS_PER_MULTIPROCESSOR = 3  # as many as run at a time: what registers leave room for
 
 FORWARD = Kernel("norm", "layernorm_forward", "PPPPPPiif")
