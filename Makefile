@@ -33,7 +33,7 @@ test: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pytest $(ARGS)
 
 test-cuda: $(VENV)/.installed-test $(VENV)/.installed-test-cuda $(VENV)/.installed-pycuda
-	$(VENV)/bin/python -m pytest -k cuda $(ARGS)
+	$(VENV)/bin/python -m pytest -k 'cuda or cublaslt or simulation or on_device' $(ARGS)
 
 lint: $(VENV)/.installed-lint
 	$(VENV)/bin/ruff check .

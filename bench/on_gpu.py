@@ -214,7 +214,7 @@ def gpu(run: Run, limit: float) -> Facts:
     return facts
 
 
-PYTEST = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "cuda or cublaslt or cudnn")
+PYTEST = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "cuda or cublaslt or on_device")
 
 
 def test_files(run: Run, limit: float) -> list[str]:
