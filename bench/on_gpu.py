@@ -211,7 +211,7 @@ def gpu(run: Run, limit: float) -> Facts:
     facts = dict(zip(names, (value.strip() for value in first), strict=True))
     if shutil.which("nvcc"):
         facts["nvcc"] = last_line(run.command(["nvcc", "--version"], limit)[1])
-    return facts
+    return facts | {"summary": f"{facts['name']}, driver {facts['driver_version']}, {facts['memory.total']}"}
 
 
 PYTEST = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "cuda or cublaslt or on_device")
@@ -322,7 +322,10 @@ def not_run(run: Run, limit: float, reason: str) -> Facts:
 
 
 def facts(run: Run, limit: float) -> Facts:
-    return run.work("facts", {}, limit)
+    """Versions, and what llmc makes of the GPU."""
+    found = run.work("facts", {}, limit)
+    names = ("torch", "pycuda", "cython")
+    return found | {"summary": ", ".join(f"{name} {found['packages'][name]}" for name in names)}
 
 
 def check(run: Run, args: argparse.Namespace) -> None:
