@@ -19,6 +19,8 @@ from llmc._cuda.device import DeviceArray
 from llmc.errors import ConfigError, DeviceError, DeviceMemoryError
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+LARGE = 1 << 25  # bytes: a driver takes memory in pieces of 2 MiB, and may keep a few
+SLACK = LARGE // 4
 
 
 def filled(values: Any, dtype: str = "float32") -> DeviceArray:
@@ -123,13 +125,13 @@ def test_views(cuda: ModuleType) -> None:
 
 def test_a_view_keeps_the_memory(cuda: ModuleType) -> None:
     before = free(cuda)
-    view = filled(np.full(1 << 18, 3))[7:9]
+    view = filled(np.full(LARGE // 4, 3))[7:9]
     for _ in range(4):
-        cuda.empty((1 << 18,), "float32")[...] = 5
+        cuda.empty((LARGE // 4,), "float32")[...] = 5
     assert np.asarray(view).tolist() == [3, 3]
-    assert free(cuda) <= before - (1 << 20)
+    assert before - free(cuda) > LARGE - SLACK
     del view
-    assert free(cuda) == before
+    assert abs(before - free(cuda)) < SLACK
 
 
 # ---- values from the host --------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_cuda_device import filled, free, streams  # noqa: F401 - a fixture
+from test_cuda_device import LARGE, SLACK, filled, free, streams  # noqa: F401 - a fixture
 
 from llmc._cuda import check, compiler, device, driver, gpu
 from llmc._cuda.compiler import Kernel
@@ -184,7 +184,9 @@ def add_one(cuda: ModuleType) -> list[float]:
     return np.asarray(out).tolist()
 
 
-def test_cache(cuda: ModuleType, folder: Path, compiled: list[str]) -> None:
+def test_cache(
+    cuda: ModuleType, folder: Path, compiled: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Compiled once for the same source, headers, options, architecture and compiler."""
     assert add_one(cuda) == [2, 3] and add_one(cuda) == [2, 3]
     assert compiled == ["own"]
@@ -201,8 +203,11 @@ def test_cache(cuda: ModuleType, folder: Path, compiled: list[str]) -> None:
     compiler.cubin("own", "sm_80", False)
     compiler.cubin("own", "sm_90", True)
     assert len(compiled) == count
+    monkeypatch.setattr(compiler.find(), "identity", "another compiler of the same version")
+    compiler.cubin("own", "sm_80", False)
+    assert len(compiled) == count + 1
     (folder / "own.cu").write_text(SOURCE)
-    assert add_one(cuda) == [2, 3], "the third source is the first again, under its old name"
+    assert add_one(cuda) == [2, 3]
 
 
 @pytest.mark.parametrize("damage", [b"", b"short", None])
@@ -306,7 +311,8 @@ def test_a_recording_holds_its_arrays(cuda: ModuleType) -> None:
     before = free(cuda)
 
     def make() -> Callable[[], None]:
-        x = filled([1, 2, 3, 4])
+        x = cuda.empty((LARGE // 4,), "float32")[:4]
+        x[...] = [1, 2, 3, 4]
         return cuda.record(lambda: out.__setitem__(..., x))
 
     step = make()
@@ -318,7 +324,7 @@ def test_a_recording_holds_its_arrays(cuda: ModuleType) -> None:
     gc.disable()
     try:
         del step
-        assert cuda.memory()[0] == before, "it is dropped with the callable, not when garbage is collected"
+        assert abs(before - cuda.memory()[0]) < SLACK, "it is dropped with the callable, not when garbage is collected"
     finally:
         gc.enable()
 
@@ -367,20 +373,21 @@ def test_nothing_is_freed_in_a_capture(cuda: ModuleType, monkeypatch: pytest.Mon
     other()
     other()
     step()
-    garbage += [cuda.empty((1 << 20,), "uint8"), other]
+    garbage += [cuda.empty((LARGE,), "uint8"), other]
     del other
     step()
     step()
     assert np.asarray(out).tolist() == [1]
     assert device.handle().dead == [] and in_a_capture == [False]
     del step
-    assert before - free(cuda) < 1 << 20
+    assert before - free(cuda) < SLACK
 
 
 @pytest.mark.parametrize("what", ["fails", "interrupted", "reads", "writes", "allocates", "fetches", "stamps", "waits"])
 def test_a_capture_that_fails(cuda: ModuleType, what: str) -> None:
     """The error passes, nothing has run, and the function can be recorded after all."""
     x, out, get = filled([1.0, 2.0]), cuda.empty((2,), "float32"), cuda.fetch(filled([0.0]))
+    ids = filled([[1]], "int32")
     actions: dict[str, tuple[type[BaseException], Callable[[], Any]]] = {
         "fails": (ZeroDivisionError, lambda: 1 / 0),
         "interrupted": (KeyboardInterrupt, lambda: (_ for _ in ()).throw(KeyboardInterrupt)),
@@ -396,6 +403,7 @@ def test_a_capture_that_fails(cuda: ModuleType, what: str) -> None:
 
     def function() -> None:
         calls.append(1)
+        check.ids("ids", ids, 2)
         out[...] = x
         if len(calls) == 2:
             act()
@@ -411,6 +419,7 @@ def test_a_capture_that_fails(cuda: ModuleType, what: str) -> None:
     step()
     step()
     assert np.asarray(out).tolist() == [1, 2] and len(calls) == 3
+    assert len(step.conditions) == 1, "what the failed capture asked for is not asked again"
 
 
 def test_recordings_do_not_nest(cuda: ModuleType) -> None:
@@ -479,8 +488,8 @@ def test_other_threads(cuda: ModuleType, folder: Path) -> None:
     assert on_a_thread(work) == ([1, 2, 3], [2, 3], (1, 1))
     gc.collect()
     step()
-    before, dying = free(cuda), [cuda.empty((1 << 20,), "uint8")]
+    before, dying = free(cuda), [cuda.empty((LARGE,), "uint8")]
     on_a_thread(dying.clear)
-    assert free(cuda) == before
+    assert abs(before - free(cuda)) < SLACK
     assert isinstance(on_a_thread(lambda: cuda.empty((1 << 60,), "uint8")), DeviceMemoryError)
     assert np.asarray(out).tolist() == [2, 3] and cuda.empty((1,), "float32").size
