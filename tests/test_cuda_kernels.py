@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from test_cuda_device import LARGE, SLACK, filled, free, streams  # noqa: F401 - a fixture
 
+from llmc import ops as contract
 from llmc._cuda import check, compiler, device, driver, gpu
 from llmc._cuda.compiler import Kernel
 from llmc.errors import DeviceError, DeviceMemoryError
@@ -34,7 +35,7 @@ extern "C" __global__ void where(int *out) {
     int threads = blockDim.x * blockDim.y * blockDim.z;
     out[block * threads + threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)] = block;
 }
-extern "C" __global__ void stray(int *out, int by) { out[by] = 1; }
+extern "C" __global__ void storage(int *out) { out[0] = STORAGE_BF16; }
 """
 HEADER = "#pragma once\ntypedef float floatX;\n"
 
@@ -81,6 +82,18 @@ def test_grid_and_block(cuda: ModuleType, folder: Path) -> None:
     out = cuda.empty((2 * 3 * 4, 2 * 3 * 5), "int32")
     Kernel("own", "where", "P")((2, 3, 4), (5, 3, 2), out)
     assert (np.asarray(out) == np.arange(24)[:, None]).all()
+
+
+def test_storage(cuda: ModuleType, folder: Path) -> None:
+    """The same kernel is another one for each storage type, however often that changes."""
+    storage, out = Kernel("own", "storage", "P"), cuda.empty((1,), "int32")
+    try:
+        for dtype, bf16 in (("fp32", 0), ("bf16", 1), ("tf32", 0), ("bf16", 1)):
+            contract.load("cuda", dtype=dtype)
+            storage(1, 1, out)
+            assert np.asarray(out).tolist() == [bf16]
+    finally:
+        contract.load("cuda", dtype="fp32")
 
 
 def test_too_much_shared_memory(cuda: ModuleType, folder: Path) -> None:
