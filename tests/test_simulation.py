@@ -64,8 +64,10 @@ def fails(
 # ---- threads and warps -----------------------------------------------------------------------------
 
 
-def test_indices() -> None:
+@pytest.mark.parametrize("order", ["forward", "reverse", "shuffle"])
+def test_indices(monkeypatch: pytest.MonkeyPatch, order: str) -> None:
     """Each thread of each block once, in three dimensions."""
+    monkeypatch.setenv("SIMULATION_ORDER", order)
     kernel = source(
         """
         int block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
@@ -77,6 +79,23 @@ def test_indices() -> None:
     counts = np.zeros((24, 24), np.int32)
     kernel.launch("kernel", (2, 3, 4), (4, 3, 2), counts)
     assert (counts == 1).all()
+
+
+@pytest.mark.parametrize("order, right", [
+    ("forward", [0, 1, 2, 3, 4]), ("reverse", [4, 3, 2, 1, 0]), ("shuffle", None),
+])
+def test_order_of_blocks(monkeypatch: pytest.MonkeyPatch, order: str, right: list[int] | None) -> None:
+    """A kernel that relies on one block's coming before another is found out."""
+    monkeypatch.setenv("SIMULATION_ORDER", order)
+    kernel = source("out[atomicAdd(&out[5], 1)] = blockIdx.x;", "int *out")
+    seen = set()
+    for seed in range(6):
+        monkeypatch.setenv("SIMULATION_SEED", str(seed))
+        out = np.zeros(6, np.int32)
+        kernel.launch("kernel", 5, 1, out)
+        assert sorted(out[:5]) == [0, 1, 2, 3, 4]
+        seen.add(tuple(map(int, out[:5])))
+    assert len(seen) > 1 if right is None else seen == {tuple(right)}
 
 
 @pytest.mark.parametrize("order", ["forward", "reverse", "shuffle"])
@@ -184,6 +203,41 @@ def test_unwritten_shared_memory() -> None:
     for _ in range(2):
         kernel.launch("kernel", 3, 32, out, None, shared=128)
         assert np.isnan(out).all()
+
+
+def test_unwritten_variables() -> None:
+    """A local variable that is read before it is written holds nothing sensible."""
+    kernel = source("float v[2];\nv[threadIdx.x] = 1;\nout[threadIdx.x] = v[0] + v[1];")
+    out = np.zeros(2, np.float32)
+    kernel.launch("kernel", 1, 2, out, None)
+    assert (np.abs(out) > 1e30).all()
+
+
+FUNCTIONS = {
+    # of CUDA's table of errors: units in the last place
+    "expf": (np.exp, 2), "exp2f": (np.exp2, 2), "logf": (lambda x: np.log(np.abs(x)), 1), "tanhf": (np.tanh, 2),
+    "rsqrtf": (lambda x: 1 / np.sqrt(np.abs(x)), 2), "cospif": (lambda x: np.cos(np.pi * x), 1),
+    "__expf": (np.exp, 2 + 1.173 * 6), "sqrtf": (lambda x: np.sqrt(np.abs(x)), 0.5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_are_as_wrong_as_they_may_be(name: str) -> None:
+    """Within CUDA's documented errors, and not much better; what can be exact is."""
+    exact, units = FUNCTIONS[name]
+    argument = "fabsf(x[i])" if name in ("logf", "rsqrtf", "sqrtf") else "x[i]"
+    kernel = source(f"int i = blockIdx.x * 32 + threadIdx.x;\nout[i] = {name}({argument});")
+    x = np.random.default_rng(3).uniform(-6, 6, 4096).astype(np.float32)
+    out = np.empty_like(x)
+    kernel.launch("kernel", 128, 32, out, x)
+    right = exact(x.astype(np.float64))
+    off = np.abs(out - right) / np.spacing(np.abs(right).astype(np.float32)).astype(np.float64)
+    assert off.max() <= units + 0.5
+    assert off.max() > 0.8 * units
+    out[...] = x[...] = 1.0
+    if name in ("logf", "rsqrtf", "cospif", "sqrtf"):
+        kernel.launch("kernel", 128, 32, out, x)
+        assert (out == np.float32(exact(1.0))).all()
 
 
 # ---- memory ----------------------------------------------------------------------------------------

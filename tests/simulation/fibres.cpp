@@ -16,6 +16,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <dlfcn.h>
+#include <numeric>
 #include <string>
 #include <sys/mman.h>
 #include <ucontext.h>
@@ -453,11 +454,13 @@ void poison(char *begin, char *end) {
 
 simulation::Range shared;
 uint64_t next_block, blocks;
+uint64_t stride, offset; // of blocks in SHUFFLE: a permutation
 
 bool run_block() {
     if (next_block == blocks) return false;
     simulation::Launch &launch = simulation_launch;
     uint64_t b = order == REVERSE ? blocks - 1 - next_block : next_block;
+    if (order == SHUFFLE) b = (b * stride + offset) % blocks;
     next_block++;
     launch.block.x = unsigned(b % launch.grid_dim.x);
     launch.block.y = unsigned(b / launch.grid_dim.x % launch.grid_dim.y);
@@ -505,6 +508,9 @@ Fault simulation::run(const Kernel &k, Range statics, uint3 grid, uint3 block, s
     simulation_launch = {{0, 0, 0}, block, grid, dynamic + DYNAMIC - padded, padded};
     for (unsigned i = 0; i < total; i++) threads[i].index = {i % block.x, i / block.x % block.y, i / block.x / block.y};
     next_block = 0, blocks = uint64_t(grid.x) * grid.y * grid.z;
+    do stride = 1 + random_below(unsigned(std::min<uint64_t>(blocks, 1u << 31)));
+    while (std::gcd(stride, blocks) != 1);
+    offset = stride / 2;
     guarded(run_block);
     kernel = nullptr;
     return fault;

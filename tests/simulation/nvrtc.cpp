@@ -54,6 +54,13 @@ string environment(const char *name, const string &otherwise) {
     return value && *value ? value : otherwise;
 }
 
+std::vector<string> split(const string &text) {
+    std::stringstream stream(text);
+    std::vector<string> words;
+    for (string word; stream >> word;) words.push_back(word);
+    return words;
+}
+
 uint64_t hash(const string &text, uint64_t h) {
     for (unsigned char c : text) h = (h ^ c) * 0x100000001b3u, h ^= h >> 29;
     return h;
@@ -253,19 +260,12 @@ bool translate(const std::vector<string> &options, std::vector<string> &words, P
 
 int compile(Program &program, const std::vector<string> &options) {
     program.log.clear();
-    std::vector<string> words = {"-std=c++17",
-                                 "-x",
-                                 "c++",
-                                 "-O2",
-                                 "-fPIC",
-                                 "-fno-gnu-unique",
-                                 "-fvisibility=hidden",
-                                 "-fno-strict-aliasing",
-                                 "-ffp-contract=fast",
-                                 "-fstack-clash-protection",
-                                 "-w",
-                                 "-fno-diagnostics-show-caret",
-                                 "-fno-diagnostics-show-option"};
+    // Local variables that a kernel reads before it writes them hold a pattern; large frames do not jump over the
+    // forbidden page of their stack.
+    std::vector<string> words = split("-std=c++17 -x c++ -O2 -fPIC -fno-gnu-unique -fvisibility=hidden "
+                                      "-fno-strict-aliasing -ffp-contract=fast -fstack-clash-protection -w "
+                                      "-fno-diagnostics-show-caret -fno-diagnostics-show-option");
+    if (__GNUC__ >= 12) words.push_back("-ftrivial-auto-var-init=pattern");
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) words.insert(words.end(), {"-mavx2", "-mfma"});
     if (environment("SIMULATION_SANITIZE", "0") == "1")
@@ -313,7 +313,7 @@ int compile(Program &program, const std::vector<string> &options) {
         if (access(object.c_str(), R_OK) != 0) {
             write(flat, text);
             std::vector<string> second = words;
-            second[2] = "c++-cpp-output";
+            second[2] = "c++-cpp-output"; // in place of c++
             const string made = folder + "/object.so";
             second.insert(second.end(), {"-shared", flat, "-o", made});
             if (compiler(second, log)) rename(made.c_str(), object.c_str());

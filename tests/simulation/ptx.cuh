@@ -1,7 +1,7 @@
 // The twin of llmc/_cuda/ptx.cuh in plain C++: the same functions, of which those of a warp let its lanes meet.
 //
 // As there: misplaced addresses fault, copies arrive when they are waited for and not before, denormal numbers are
-// flushed by exp2_approx, NaN becomes 0x7fff in bf16.  Not as there: a product's 16 terms are summed in double.
+// flushed by exp2_approx, which is off by two units, NaN becomes 0x7fff in bf16.  Not as there: a product's 16 terms are summed in double.
 #pragma once
 
 namespace simulation {
@@ -110,7 +110,7 @@ inline unsigned pack_bf16(float low, float high) {
 }
 
 inline float exp2_approx(float x) {
-    float r = std::exp2(x);
+    float r = simulation::exp2_of(x);
     return r < 0x1p-126f ? 0.0f : r;
 }
 

@@ -134,14 +134,12 @@ template <class A, class B, class C = std::common_type_t<A, B>> static inline C 
         return C(a) < C(b) ? C(b) : C(a);
 }
 
-static inline float rsqrtf(float x) { return float(1 / std::sqrt(double(x))); }
 static inline double rsqrt(double x) { return 1 / std::sqrt(x); }
 static inline float fdividef(float a, float b) { return a / b; }
-static inline float __fdividef(float a, float b) { return a / b; }
 static inline float __saturatef(float x) { return x > 0 ? (x < 1 ? x : 1) : 0; }
 static inline float __frcp_rn(float x) { return 1 / x; }
 static inline float __fsqrt_rn(float x) { return std::sqrt(x); }
-static inline float __frsqrt_rn(float x) { return rsqrtf(x); }
+static inline float __frsqrt_rn(float x) { return float(1 / std::sqrt(double(x))); }
 static inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 static inline double __fma_rn(double a, double b, double c) { return std::fma(a, b, c); }
 static inline float __fdiv_rn(float a, float b) { return a / b; }
@@ -164,20 +162,51 @@ static inline int __float2int_rz(float x) { return int(x); }
 static inline int __float2int_rd(float x) { return int(std::floor(x)); }
 static inline unsigned __float2uint_rn(float x) { return unsigned(std::nearbyint(x)); }
 static inline unsigned __float2uint_rz(float x) { return unsigned(x); }
-static inline float cospif(float x) { return float(std::cos(M_PI * std::fmod(double(x), 2.0))); }
-static inline float sinpif(float x) { return float(std::sin(M_PI * std::fmod(double(x), 2.0))); }
-static inline void sincospif(float x, float *sine, float *cosine) { *sine = sinpif(x), *cosine = cospif(x); }
-// Some of these names are declared by glibc.
-#define __expf(x) std::exp(float(x))
-#define __exp10f(x) exp10f(float(x))
-#define __logf(x) std::log(float(x))
-#define __log2f(x) std::log2(float(x))
-#define __log10f(x) std::log10(float(x))
-#define __powf(x, y) std::pow(float(x), float(y))
-#define __sinf(x) std::sin(float(x))
-#define __cosf(x) std::cos(float(x))
-#define __tanhf(x) std::tanh(float(x))
-#define __sincosf(x, sine, cosine) (void)(*(sine) = std::sin(float(x)), *(cosine) = std::cos(float(x)))
+
+namespace simulation {
+
+// A function's value as wrong as CUDA's may be ("Mathematical Functions" in the programming guide, and PTX for the
+// approximations): up to `units` in the last place up or down, as the argument's bits have it.  What a float can hold
+// exactly is exact.
+inline float off(double exact, int units, float x) {
+    float result = float(exact);
+    if (double(result) == exact || !std::isfinite(result) || std::fabs(result) < 0x1p-125f) return result;
+    unsigned mixed = bits<unsigned>(x) * 0x9e3779b9u;
+    mixed = (mixed ^ mixed >> 15) * 0x85ebca6bu;
+    return bits<float>(bits<unsigned>(result) + (mixed >> 16) % unsigned(2 * units + 1) - unsigned(units));
+}
+
+inline float exp2_of(float x) { return off(std::exp2(double(x)), 2, x); }
+inline float exp_of(float x) { return off(std::exp(double(x)), 2, x); }
+inline float log_of(float x) { return off(std::log(double(x)), 1, x); }
+inline float log2_of(float x) { return off(std::log2(double(x)), 1, x); }
+inline float tanh_of(float x) { return min(off(std::tanh(double(x)), 2, x), 1.0f); }
+inline float rsqrt_of(float x) { return off(1 / std::sqrt(double(x)), 2, x); }
+inline float sinpi_of(float x) { return off(std::sin(M_PI * std::fmod(double(x), 2.0)), 1, x); }
+inline float cospi_of(float x) { return off(std::cos(M_PI * std::fmod(double(x), 2.0)), 1, x); }
+// The fast ones go through powers of two, and round the product with log 2 on the way.
+inline float fast_exp(float x) { return exp2_of(x * 1.44269504f); }
+inline float fast_log(float x) { return log2_of(x) * 0.693147181f; }
+inline float fast_divide(float a, float b) {
+    if (std::fabs(b) > 0x1p126f) return std::isinf(a) ? NAN : a * 0;
+    return off(double(a) / b, 2, b);
+}
+
+} // namespace simulation
+
+// The names are those of the C library, which declares them already.
+#define exp2f simulation::exp2_of
+#define expf simulation::exp_of
+#define logf simulation::log_of
+#define log2f simulation::log2_of
+#define tanhf simulation::tanh_of
+#define rsqrtf simulation::rsqrt_of
+#define sinpif simulation::sinpi_of
+#define cospif simulation::cospi_of
+#define __expf simulation::fast_exp
+#define __logf simulation::fast_log
+#define __log2f simulation::log2_of
+#define __fdividef simulation::fast_divide
 
 // ---- memory ----------------------------------------------------------------------------------------------
 
