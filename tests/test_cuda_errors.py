@@ -10,9 +10,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
+
+from llmc._cuda import gpu
+from llmc.errors import DeviceError
 
 TESTS = Path(__file__).parent
 
@@ -50,6 +53,12 @@ def child(cuda: ModuleType, tmp_path: Path) -> Callable[..., list[str]]:
         return done.stdout.splitlines()
 
     return run
+
+
+def test_a_driver_that_starts_without_a_gpu() -> None:
+    cuda = SimpleNamespace(Device=SimpleNamespace(count=lambda: 0))
+    with pytest.raises(DeviceError, match="there is no GPU to use"):
+        gpu.find(cuda, 0)
 
 
 def test_importing_needs_nothing() -> None:
