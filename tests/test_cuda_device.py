@@ -291,6 +291,19 @@ def test_known_ids_are_not_read(cuda: ModuleType, reads: list[DeviceArray]) -> N
     assert reads == []
 
 
+@pytest.mark.parametrize("bad", [-1, 4, 2**31 - 1, 2**31, -(2**33), 2**32 + 4])
+def test_ids_out_of_range(cuda: ModuleType, bad: int) -> None:
+    """As int32 has them: what is written is wrapped before it is judged."""
+    x, values = cuda.empty((2, 2), "int32"), np.array([[0, 1], [bad, 3]])
+    x[...] = values
+    wrapped = values.astype(np.int32)[1, 0]
+    if 0 <= wrapped < 4:
+        check.ids("x", x, 4)
+        return
+    with pytest.raises(ValueError, match=rf"^x: id {wrapped} at \[1, 0\] is outside \[0, 4\)$"):
+        check.ids("x", x, 4)
+
+
 def test_unknown_ids_are_read(cuda: ModuleType, reads: list[DeviceArray]) -> None:
     """Where they were written as something else, in part, or not at all."""
     x = cuda.empty((2, 8), "int32")
