@@ -12,6 +12,7 @@ Seconds are the device's.
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ PART_OF = {
 }  # fmt: skip
 DECISIVE = {"V", "H", "position", "accumulate", "spans"}  # beside shapes, what a call's cost depends on
 
+HEAD_START = 0.1  # seconds that a GPU is kept busy before a step, at most
 RESOLUTION = 1e-9  # seconds; an op that launches nothing may take 0 by a device's clock
 ROUNDS = 5  # times that the ceilings are measured in a run, about
 PEAK_SECONDS = 0.01  # per ceiling and time
@@ -140,6 +142,7 @@ class Profiled:
         self._dtype, self._gpu = ops.info()["dtype"], is_gpu(ops)
         self._every = max(1, -(-steps // ROUNDS))
         self._on = False
+        self._host = 0.0  # seconds that calling a step's ops takes, and some
         self._steps: list[float] = []
         self._stamps: list[tuple[_Calls, Any, Any]] = []  # of the step that is on: elapsed() would wait
         self._calls: dict[tuple[Any, ...], _Calls] = {}
@@ -180,13 +183,17 @@ class Profiled:
     @contextmanager
     def step(self) -> Iterator[None]:
         """One step: what is called within is counted.  Afterwards, now and then, the ceilings are measured."""
+        if self._gpu:
+            # Ahead of the GPU, as it is where steps are replayed: else the time of a short op is that of its launch.
+            cast(Any, self._ops).hold(self._memory, min(self._host, HEAD_START))
         self._stamps, self._on = [], True
-        began = self._ops.stamp()
+        began, called = self._ops.stamp(), time.perf_counter()
         try:
             yield
         finally:
             self._on = False
         ended = self._ops.stamp()
+        self._host = 1.25 * (time.perf_counter() - called)
         self._steps.append(self._ops.elapsed(began, ended))
         for calls, began, ended in self._stamps:
             calls.count += 1

@@ -12,6 +12,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -173,6 +174,63 @@ def test_ceiling_of_an_op() -> None:
     assert profiling.ceiling(Cost(1e9, 10, 10), "bf16", gpu=True) == profiling.PRODUCT
     assert profiling.ceiling(Cost(0, 4e6, 3e6, (1, 0, 3), 4e6), "bf16", gpu=True) == profiling.COPY
     assert profiling.products("tf32", gpu=True) == profiling.PRODUCT
+
+
+class Slow:
+    """A GPU's backend whose host takes 20 ms to call an op."""
+
+    def __init__(self) -> None:
+        self.held: list[float] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **kwargs: None
+
+    def info(self) -> dict[str, Any]:
+        return {"device": "cuda", "dtype": "bf16"}
+
+    def hold(self, memory: Any, seconds: float) -> None:
+        self.held.append(seconds)
+
+    def peak_nbytes(self) -> int:
+        return 1
+
+    stamp = staticmethod(time.perf_counter)
+
+    def elapsed(self, begin: float, end: float) -> float:
+        return end - begin
+
+    def zero(self, x: Any) -> None:
+        time.sleep(0.02)
+
+    def measure_product(self, memory: Any, seconds: float) -> float:
+        return 1e9
+
+    measure_copy = measure_product
+
+
+def test_profiled_ops_follow_without_a_gap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU is kept busy for as long as it took to call a step's ops, within reason."""
+    slow = Slow()
+    profiled: Any = profiling.Profiled(slow, steps=3)  # type: ignore[arg-type]
+    for limit in (9.0, 9.0, 0.001):
+        monkeypatch.setattr(profiling, "HEAD_START", limit)
+        with profiled.step():
+            profiled.zero(np.zeros(4, np.float32))
+    first, second, third = slow.held
+    assert first == 0.0 and second >= 1.25 * 0.02 and third == 0.001
+    assert set(profiled.report().peaks) == {"product", "copy"}
+
+
+def test_hold(gpu: ModuleType) -> None:
+    """Copies, which nothing has to wait for; none where there is nothing to hold."""
+    memory = profiling.stream_memory(gpu)
+    half = memory.size // 512 * 256
+    for seconds, copied in ((0.0, False), (0.001, True)):
+        memory[:half][...] = np.arange(half) % 251
+        memory[half:][...] = 255
+        gpu.hold(memory, seconds)
+        found = np.asarray(memory)
+        assert (found[half : 2 * half] == (found[:half] if copied else 255)).all()
 
 
 def test_profile(gpu: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

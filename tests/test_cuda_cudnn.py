@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -210,6 +211,19 @@ def test_available() -> None:
         with cudnn_standin.installed(library, number):
             found = cudnn.available()
             assert found is None if said is None else found is not None and found.startswith(said)
+
+
+def test_the_library_is_loaded_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """From among pip's packages, since the frontend looks for it in its own interpreter's folder alone."""
+    folder = tmp_path / "nvidia/cudnn/lib"
+    folder.mkdir(parents=True)
+    (folder / "libcudnn.so.9").touch()
+    loaded: list[str] = []
+    monkeypatch.setattr(cudnn.driver, "wheel_roots", lambda: [tmp_path / "nvidia"])
+    monkeypatch.setattr(cudnn.ctypes, "CDLL", lambda path: loaded.append(path))
+    with cudnn_standin.installed(None):
+        assert cudnn.available() is not None
+    assert loaded == [str(folder / "libcudnn.so.9")]
 
 
 def test_an_import_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,7 @@ from llmc.errors import ConfigError, DeviceError
 __all__ = [
     "adamw_step", "attention_backward", "attention_decode", "attention_forward", "cache_nbytes", "classifier",
     "clip_scale", "configure", "copy", "elapsed", "embedding_backward", "embedding_forward", "empty", "fetch", "found",
-    "gelu_backward", "gelu_forward", "gelu_linear_backward", "global_norm", "head_logits", "head_loss", "info",
+    "gelu_backward", "gelu_forward", "gelu_linear_backward", "global_norm", "head_logits", "head_loss", "hold", "info",
     "layernorm_backward", "layernorm_forward", "linear_backward", "linear_forward", "linear_gelu_forward",
     "measure_copy", "measure_product", "memory", "normal", "peak_nbytes", "product", "record", "reserve",
     "residual_forward", "residual_layernorm_forward", "stamp", "sum_losses", "workspace_nbytes", "zero",
@@ -61,7 +61,7 @@ global_norm, clip_scale, adamw_step = op(optimizer.global_norm), op(optimizer.cl
 normal = op(philox.normal)
 cache_nbytes, peak_nbytes = op(peak.cache_nbytes), op(peak.peak_nbytes)
 measure_copy, measure_product = op(peak.measure_copy), op(peak.measure_product)
-classifier, product = op(peak.classifier), op(peak.product)
+classifier, hold, product = op(peak.classifier), op(peak.hold), op(peak.product)
 
 
 def configure(

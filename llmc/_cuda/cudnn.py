@@ -11,6 +11,7 @@ allocates, and cuDNN may load code.  Queries, keys and values are views of qkv: 
 from __future__ import annotations
 
 import atexit
+import ctypes
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
-from llmc._cuda import device
+from llmc._cuda import device, driver
 from llmc.errors import DeviceError
 
 SPARE_NBYTES = 1 << 20
@@ -57,6 +58,7 @@ def available() -> str | None:
     try:
         if find_spec("cudnn") is None:
             return None
+        _preload()
         import cudnn
 
         number = cudnn.backend_version()  # of the library, which is looked for when the module is imported
@@ -69,6 +71,16 @@ def available() -> str | None:
     except Exception:  # whatever goes wrong in an import of somebody else's, there is attention without it
         return None
     return f"{number // 10000}.{number // 100 % 100}.{number % 100}, frontend {frontend}"
+
+
+def _preload() -> None:
+    """Load cuDNN from wherever pip has put it: the frontend looks in one folder, then for what is loaded already."""
+    for path in driver.libraries("cudnn", "nvidia-cudnn"):
+        try:
+            ctypes.CDLL(path)
+            return
+        except OSError:
+            continue
 
 
 def scratch_nbytes(channels: int, tokens: int, heads: int) -> int:

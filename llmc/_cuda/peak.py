@@ -42,6 +42,19 @@ def measure_copy(memory: DeviceArray, seconds: float = 0.02) -> float:
     return _rate(lambda: _copy(memory, half), 2.0 * half, seconds)
 
 
+def hold(memory: DeviceArray, seconds: float) -> None:
+    """Keep the compute stream busy for about `seconds` with copies within `memory` (uint8), and come back at once: what
+    is launched meanwhile runs without a gap when they are done."""
+    half = memory.size // 512 * 256
+    if seconds <= 0 or not half:
+        return
+    begin = device.stamp()
+    _copy(memory, half)
+    one = max(device.elapsed(begin, device.stamp()), 1e-6)
+    for _ in range(min(MOST, math.ceil(seconds / one))):
+        _copy(memory, half)
+
+
 def measure_product(memory: DeviceArray, seconds: float = 0.02) -> float:
     """FLOP/s of a product of square matrices, over `seconds` or a little more; `memory` (uint8) is overwritten.
 
