@@ -133,6 +133,16 @@ def test_no_driver(child: Callable[..., list[str]]) -> None:
     assert lines[0].startswith("DeviceError: the NVIDIA driver is not installed, libcuda.so.1 was not found: ")
 
 
+def test_fp32_on_what_has_no_bf16(child: Callable[..., list[str]]) -> None:
+    program = """
+cuda = ops.load("cuda")
+x = cuda.empty((3,), "float32")
+cuda.gelu_forward(x, x)
+print(cuda.info()["capability"], np.asarray(x).tolist())
+"""
+    assert child(program, SIMULATION_CAPABILITY="7.5") == ["7.5 [0.0, 0.0, 0.0]"]
+
+
 def test_older_architectures_of_a_newer_compiler(child: Callable[..., list[str]]) -> None:
     """What the compiler does not know yet runs the code of its predecessor."""
     program = "ops.load('cuda'); print(*map(compiler.architecture, [(8, 9), (9, 7), (8, 1)]))"

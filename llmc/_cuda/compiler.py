@@ -80,8 +80,7 @@ class NVRTC:
         if os.path.dirname(path):
             # Looked for by name later, and not beside the library.
             for builtins in sorted(Path(path).parent.glob("libnvrtc-builtins.so*")):
-                if ".alt." not in builtins.name:
-                    ctypes.CDLL(str(builtins), mode=ctypes.RTLD_GLOBAL)
+                ctypes.CDLL(str(builtins), mode=ctypes.RTLD_GLOBAL)
         self._library = ctypes.CDLL(path)
         self._library.nvrtcGetErrorString.restype = c_char_p
         self._library.nvrtcCreateProgram.argtypes = [

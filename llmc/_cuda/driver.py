@@ -153,8 +153,7 @@ def _versions(folder: Path, stem: str) -> list[Path]:
     def version(path: Path) -> list[int]:
         return [int(part) for part in path.name.split(".") if part.isdecimal()]
 
-    found = (path for path in folder.glob(f"{stem}.so*") if ".alt." not in path.name)
-    return sorted(found, key=version, reverse=True)
+    return sorted(folder.glob(f"{stem}.so*"), key=version, reverse=True)
 
 
 def wheel_roots() -> list[Path]:
