@@ -319,6 +319,21 @@ def test_other_faults(body: str, message: str) -> None:
     fails(source(body), 1, 1, memory, memory, message=message)
 
 
+def test_endless_kernel() -> None:
+    """Waiting for another block, which may not have begun, ends with an error."""
+    program = """
+import numpy as np
+from simulation.run import Source
+kernel = Source('extern "C" __global__ void kernel(volatile int *x) { if (!blockIdx.x) while (!*x); else *x = 1; }')
+kernel.launch("kernel", 2, 1, np.zeros(1, np.int32))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=TESTS, env={**os.environ, "SIMULATION_TIMEOUT": "1"}, timeout=60,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert "KernelError: 702: kernel: block (0, 0, 0), thread (0, 0, 0): runs for ever, or longer" in done.stderr
+
+
 def test_dynamic_shared_memory_ends() -> None:
     kernel = source("SHARED(float, mine);\nmine[threadIdx.x] = 1;")
     kernel.launch("kernel", 1, 32, None, None, shared=128)

@@ -9,7 +9,8 @@ Environment: SIMULATION_ORDER (forward, reverse, shuffle) and SIMULATION_SEED: w
 SIMULATION_STREAMS=lazy: work waits until somebody waits for it; SIMULATION_PLACE=start: allocations begin, and do not
 end, at a forbidden page; SIMULATION_SANITIZE=1: kernels under AddressSanitizer and UBSan (see `sanitized`);
 SIMULATION_DEVICES, _CAPABILITY, _MULTIPROCESSORS, _DRIVER, _MEMORY, _NAME: what the GPU is; SIMULATION_FAULT: what
-fails (driver.cpp); SIMULATION_CACHE: where compiled objects are kept.
+fails (driver.cpp); SIMULATION_TIMEOUT: seconds after which a launch counts as endless; SIMULATION_CACHE: where compiled
+objects are kept.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@
 #include <numeric>
 #include <string>
 #include <sys/mman.h>
+#include <sys/time.h>
 #include <ucontext.h>
 #include <vector>
 
@@ -379,7 +380,12 @@ namespace {
 void on_signal(int number, siginfo_t *info, void *context) {
     auto &registers = static_cast<ucontext_t *>(context)->uc_mcontext.gregs;
     char text[96];
-    if (number == SIGILL || (number == SIGSEGV && info->si_code == SI_KERNEL)) {
+    if (number == SIGVTALRM) {
+        auto stack = reinterpret_cast<char *>(registers[REG_RSP]);
+        if (stack < stacks || stack >= stacks + STACK * MOST) return; // between two blocks
+        fault.code = simulation::LAUNCH_TIMEOUT;
+        snprintf(text, sizeof text, "runs for ever, or longer than SIMULATION_TIMEOUT");
+    } else if (number == SIGILL || (number == SIGSEGV && info->si_code == SI_KERNEL)) {
         fault.code = simulation::MISALIGNED_ADDRESS;
         snprintf(text, sizeof text, "misaligned access");
     } else if (number == SIGFPE) {
@@ -425,18 +431,28 @@ void prepare() {
     }
 }
 
-constexpr int SIGNALS[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE};
+constexpr int SIGNALS[] = {SIGVTALRM, SIGSEGV, SIGBUS, SIGILL, SIGFPE}, ALWAYS = 1, ALL = 5;
+
+// Seconds of this process until a kernel counts as endless; 0 stops the clock.
+void set_clock(long seconds) {
+    itimerval clock = {{1, 0}, {seconds, 0}};
+    setitimer(ITIMER_VIRTUAL, &clock, nullptr);
+}
 
 // Switches to the first fibre until all is done or something failed.
 void guarded(bool (*go)()) {
     static const bool sanitized = getenv("SIMULATION_SANITIZE") && *getenv("SIMULATION_SANITIZE") == '1';
-    struct sigaction mine = {}, before[4];
+    static const char *const limit = getenv("SIMULATION_TIMEOUT");
+    static const long seconds = limit && *limit ? atol(limit) : 300;
+    const int handled = sanitized ? ALWAYS : ALL; // the sanitizer's own report is better
+    struct sigaction mine = {}, before[ALL];
     mine.sa_sigaction = on_signal;
     mine.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
-    for (int i = 0; i < 4 && !sanitized; i++) // the sanitizer's own report is better
-        sigaction(SIGNALS[i], &mine, &before[i]);
+    for (int i = 0; i < handled; i++) sigaction(SIGNALS[i], &mine, &before[i]);
+    set_clock(seconds);
     while (fault.code == 0 && go());
-    for (int i = 0; i < 4 && !sanitized; i++) sigaction(SIGNALS[i], &before[i], nullptr);
+    set_clock(0);
+    for (int i = 0; i < handled; i++) sigaction(SIGNALS[i], &before[i], nullptr);
 }
 
 void start() {

@@ -8,7 +8,7 @@
 namespace simulation {
 
 // As CUresult has them.
-enum { ILLEGAL_ADDRESS = 700, MISALIGNED_ADDRESS = 716, LAUNCH_FAILED = 719 };
+enum { ILLEGAL_ADDRESS = 700, LAUNCH_TIMEOUT = 702, MISALIGNED_ADDRESS = 716, LAUNCH_FAILED = 719 };
 
 struct Fault {
     int code = 0; // 0: none
