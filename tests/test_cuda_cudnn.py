@@ -20,6 +20,7 @@ from cudnn_standin import Made
 
 from llmc import ops
 from llmc._cuda import cudnn, device
+from llmc.benchmark import Configuration, Program
 from llmc.errors import DeviceError
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -182,6 +183,19 @@ def test_nothing_to_attend_to(made: Made, B: int, T: int, H: int) -> None:
     cudnn.forward(out, lse, qkv)
     cudnn.backward(qkv, out, qkv, out, lse)
     assert list(made) == []
+
+
+def test_a_model_trains_with_it(made: Made) -> None:
+    """In recorded steps: the losses of llmc's own kernels, within bfloat16, and one plan for each pass."""
+    losses = {}
+    for attention in ("own", "cudnn"):
+        program = Program(Configuration("tiny", 2, 9, "bf16", None, None, device="cuda", attention=attention))
+        losses[attention], _, _ = program.turn([0] * 5)
+        assert program.held >= program.model.nbytes
+        assert len(made) == (2 if attention == "cudnn" else 0)
+    assert [graph.runs for graph in made] == [5 * 2, 5 * 2]  # steps and layers
+    assert losses["cudnn"] == pytest.approx(losses["own"], abs=0.01)
+    assert losses["cudnn"][-1] < losses["cudnn"][0]
 
 
 def test_memory_plans_know_of_it(made: Made) -> None:
