@@ -150,12 +150,6 @@ def _close_at_exit() -> None:
         pycuda.Context.get_current()
 
 
-def _the() -> _Opened:
-    if _opened is None:
-        raise DeviceError(_lost or 'no GPU is set up: llmc.ops.load("cuda") does that')
-    return _opened
-
-
 def is_open() -> bool:
     """Whether a GPU is in use."""
     return _opened is not None
@@ -163,7 +157,9 @@ def is_open() -> bool:
 
 def handle() -> _Opened:
     """All that belongs to the GPU in use; DeviceError where there is none."""
-    return _the()
+    if _opened is None:
+        raise DeviceError(_lost or 'no GPU is set up: llmc.ops.load("cuda") does that')
+    return _opened
 
 
 # ---- ops, threads and faults -----------------------------------------------------------------------
@@ -197,7 +193,7 @@ def run(op: str, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> 
 
 def _elsewhere(op: str, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Run on a thread that the context is not current on, and make it current for as long as that takes."""
-    opened = _the()
+    opened = handle()
     home = opened.home
     try:
         opened.context.push()
@@ -215,7 +211,7 @@ def _elsewhere(op: str, function: Callable[..., Any], args: Any, kwargs: Any) ->
 def fault(name: str, error: Exception) -> DeviceError:
     """The error to raise for one of the driver's, met in `name`.  If it has cost the context, everything is closed."""
     global _lost
-    opened = _the()
+    opened = handle()
     if opened.capturing or driver.alive():
         return DeviceError(f"{name}: {error}")
     if opened.checks:
@@ -241,7 +237,7 @@ def not_captured(what: str) -> None:
 def synchronize() -> None:
     """Wait for everything that was asked of the GPU."""
     not_captured("waiting")
-    opened = _the()
+    opened = handle()
     opened.compute.synchronize()
     opened.copy.synchronize()
 
@@ -256,7 +252,7 @@ class Memory:
 
     def __init__(self, nbytes: int, purpose: str) -> None:
         self._allocation = None
-        opened = self._opened = _the()
+        opened = self._opened = handle()
         not_captured(f"{purpose} takes memory, which")
         opened.bury()
         try:
@@ -384,7 +380,7 @@ class DeviceArray:
 
 
 def _assign_values(x: DeviceArray, values: Any) -> None:
-    opened, stream = _the(), _the().compute
+    opened = handle()
     if not x.flags.c_contiguous:
         raise ValueError("x[...] = values: the view is not C-contiguous")
     if isinstance(values, DeviceArray) and values.dtype == x.dtype and values.flags.c_contiguous:
@@ -392,7 +388,7 @@ def _assign_values(x: DeviceArray, values: Any) -> None:
             raise ValueError(f"x[...] = values: expected shape {x.shape}, got {values.shape}")
         _know(x, values.bounds)
         if x.size:
-            opened.cuda.memcpy_dtod_async(x.ptr, values.ptr, x.nbytes, stream)
+            opened.cuda.memcpy_dtod_async(x.ptr, values.ptr, x.nbytes, opened.compute)
         return
     host = np.asarray(values)
     bounds = None
@@ -420,7 +416,7 @@ def _know(x: DeviceArray, bounds: tuple[int, int] | None) -> None:
 
 def _fill(x: DeviceArray, pattern: bytes) -> bool:
     """Set every element to `pattern`; False where the driver has no such operation."""
-    cuda, stream, size = _the().cuda, _the().compute, x.size
+    cuda, stream, size = handle().cuda, handle().compute, x.size
     if len(pattern) == 8 and pattern[:4] == pattern[4:]:
         pattern, size = pattern[:4], 2 * size
     sets = {1: cuda.memset_d8_async, 2: cuda.memset_d16_async, 4: cuda.memset_d32_async}
@@ -432,7 +428,7 @@ def _fill(x: DeviceArray, pattern: bytes) -> bool:
 
 def _read_values(x: DeviceArray) -> np.ndarray[Any, Any]:
     not_captured("reading an array")
-    opened = _the()
+    opened = handle()
     if not x.flags.c_contiguous:
         raise ValueError("reading an array: the view is not C-contiguous")
     values = np.empty(x.shape, x.dtype)
@@ -458,7 +454,7 @@ def empty(shape: tuple[int, ...], dtype: str) -> DeviceArray:
 @op
 def memory() -> tuple[int, int]:
     """Bytes that are free, and all there are."""
-    opened = _the()
+    opened = handle()
     opened.bury()
     free, total = opened.cuda.mem_get_info()
     return int(free), int(total)
@@ -469,7 +465,7 @@ def memory() -> tuple[int, int]:
 
 def enlarge(nbytes: int) -> None:
     """Make the workspace at least `nbytes` large, and give libraries theirs."""
-    opened = _the()
+    opened = handle()
     if opened.workspace is None or opened.workspace.nbytes < nbytes:
         opened.workspace = None  # freed before its successor is made
         opened.workspace = Memory(nbytes, "workspace")
@@ -479,7 +475,7 @@ def enlarge(nbytes: int) -> None:
 
 def workspace(nbytes: int) -> int:
     """The address of `nbytes` of scratch, the same at every call.  RuntimeError where `reserve` made less."""
-    held = _the().workspace
+    held = handle().workspace
     have = 0 if held is None else held.nbytes
     if nbytes > have:
         raise RuntimeError(f"workspace of {have:,} bytes is too small for {nbytes:,}: call reserve() first")
@@ -488,7 +484,7 @@ def workspace(nbytes: int) -> int:
 
 def library_workspace() -> tuple[int, int]:
     """Address and bytes of what cuBLASLt may use."""
-    opened = _the()
+    opened = handle()
     if opened.library is None:
         opened.library = Memory(LIBRARY_NBYTES, "workspace of cuBLASLt")
     return opened.library.ptr, opened.library.nbytes
@@ -504,20 +500,20 @@ def libraries_nbytes() -> int:
 
 def stream() -> Any:
     """The compute stream, PyCUDA's; `.handle` is its address."""
-    return _the().compute
+    return handle().compute
 
 
 def multiprocessors() -> int:
-    return _the().multiprocessors
+    return handle().multiprocessors
 
 
 def capability() -> tuple[int, int]:
-    return _the().capability
+    return handle().capability
 
 
 def shared_limit() -> int:
     """Bytes of shared memory that a block may have."""
-    return _the().shared_limit
+    return handle().shared_limit
 
 
 # ---- values and times without stopping -------------------------------------------------------------
@@ -527,7 +523,7 @@ def shared_limit() -> int:
 def fetch(x: DeviceArray) -> Callable[[], np.ndarray[Any, Any]]:
     """The values that x has after the ops so far; `ops.fetch`."""
     not_captured("fetch()")
-    opened = _the()
+    opened = handle()
     if not isinstance(x, DeviceArray):
         raise TypeError(f"x: expected an array of the GPU, got {type(x).__name__}")
     if not x.flags.c_contiguous:
@@ -537,7 +533,7 @@ def fetch(x: DeviceArray) -> Callable[[], np.ndarray[Any, Any]]:
     def fetched() -> np.ndarray[Any, Any]:
         not_captured("waiting for what was fetched")
         if opened is not _opened:
-            _the()
+            handle()
             raise DeviceError("fetch: the GPU has been closed since")
         return wait()
 
@@ -548,7 +544,7 @@ def fetch(x: DeviceArray) -> Callable[[], np.ndarray[Any, Any]]:
 def stamp() -> Any:
     """A mark in the compute stream; `ops.stamp`."""
     not_captured("stamp()")
-    opened = _the()
+    opened = handle()
     return opened.cuda.Event().record(opened.compute)
 
 
