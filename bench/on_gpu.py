@@ -331,7 +331,7 @@ def facts(run: Run, limit: float) -> Facts:
 def check(run: Run, args: argparse.Namespace) -> None:
     slow = 20 if simulated() else 1  # the simulation's time is nobody's concern
     run.part("gpu", 20, gpu)
-    run.part("packages", 40, facts)
+    run.part("packages", 40 * slow, facts)
     small, T = ("tiny", 33) if simulated() else ("d2", 129)
     made = run.part(f"{small}: PyTorch float64", 60, reference, small, 2, T, "float64", True)
     for dtype in ops.DTYPES:
