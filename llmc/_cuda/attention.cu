@@ -439,7 +439,7 @@ extern "C" __global__ void attention_decode_combine(floatX *out, const float *pa
         float x = 0.0f, l = 0.0f;
         for (int split = 0; split < splits; split++) {
             const float *from = left + split * (D + 2);
-            const float weight = from[D] > -INFINITY ? exp2_approx((from[D] - top) * c) : 0.0f;
+            const float weight = exp2_approx((from[D] - top) * c);
             x = fmaf(weight, from[d], x);
             l = fmaf(weight, from[D + 1], l);
         }
