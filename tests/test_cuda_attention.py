@@ -374,12 +374,31 @@ def test_heads_that_are_too_wide(either: Adapter, op: str) -> None:
         getattr(either, op)(*given[op])
 
 
-def test_workspace_is_asked_for(ops: Adapter) -> None:
-    """delta of every row; and with several blocks a query D sums, a maximum and a denominator each."""
-    from llmc._cuda import attention
+@pytest.mark.parametrize("width", [64, 40])
+def test_workspace(ops: Adapter, rng: Generator, monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    """As much is asked for as is written (the simulated GPU's memory ends there), and `reserve` makes no less."""
+    from llmc._cuda import attention, device
 
+    asked: list[Any] = []
+
+    def workspace(nbytes: int) -> int:
+        asked.append(ops.empty((nbytes,), "uint8"))
+        return int(asked[-1].ptr)
+
+    monkeypatch.setattr(device, "workspace", workspace)
+    B, T, H = 2, 8, 3
+    run(ops, numbers(rng, B, T, 3 * H * width), numbers(rng, B, T, H * width), H)
+    assert len(asked) == 1 and asked[0].nbytes == 4 * B * H * T  # delta
+    assert np.asarray(asked[0]).view(np.float32).all()
+    cache, qkv = numbers(rng, B, 700, H * width), numbers(rng, B, 1, 3 * H * width)
+    ops.attention_decode(blank(B, 1, H * width), cache, cache.copy(), qkv, H, 640)
+    left = np.asarray(asked[1]).view(np.float32).reshape(B * H, -1, width + 2)  # sums, maximum, denominator
+    assert left.shape[1] == 641 // attention.DECODE_KEYS and (left[..., -1] > 1).all()
+    for array, tokens in zip(asked, (B * T, B), strict=True):
+        assert array.nbytes <= attention.scratch_nbytes(H * width, 1, 1, tokens, H)
+    most = attention.DECODE_BLOCKS * (attention.WIDEST[-1] + 2)
+    assert attention.scratch_nbytes(768, 50304, 1, 1, 12) == 4 * most
     assert attention.scratch_nbytes(768, 50304, 1, 1 << 16, 12) == 4 * 12 << 16
-    assert attention.scratch_nbytes(768, 50304, 1, 1, 12) >= 4 * attention.DECODE_BLOCKS * (256 + 2)
 
 
 def test_cudnn_is_called_where_it_was_chosen(ops: Adapter, rng: Generator, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,8 @@
 // The twin of llmc/_cuda/ptx.cuh in plain C++: the same functions, of which those of a warp let its lanes meet.
 //
 // As there: misplaced addresses fault, copies arrive when they are waited for and not before, denormal numbers are
-// flushed by exp2_approx, which is off by two units, NaN becomes 0x7fff in bf16.  Not as there: a product's 16 terms are
-// summed in double.
+// flushed by exp2_approx, which is off by two units, NaN becomes 0x7fff in bf16.  Not as there: a product's 16 terms
+// are summed in double.
 #pragma once
 
 namespace simulation {
