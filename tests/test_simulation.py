@@ -197,12 +197,24 @@ def test_unwritten_shared_memory() -> None:
     """It holds NaN at the start of every block, not what the block before has left."""
     kernel = source(
         "SHARED(float, mine);\n__shared__ float fixed[32];\nint i = threadIdx.x;\n"
-        "out[blockIdx.x * 32 + i] = mine[i] + fixed[i];\n__syncthreads();\nmine[i] = fixed[i] = 1;"
+        "out[blockIdx.x * 64 + i] = mine[i];\nout[blockIdx.x * 64 + 32 + i] = fixed[i];\n__syncthreads();\n"
+        "mine[i] = fixed[i] = 1;"
     )
-    out = np.zeros((3, 32), np.float32)
+    out = np.zeros((3, 64), np.float32)
     for _ in range(2):
         kernel.launch("kernel", 3, 32, out, None, shared=128)
         assert np.isnan(out).all()
+
+
+def test_smaller_and_larger() -> None:
+    """Of mixed types as in C, and of two floating numbers the one that is no NaN."""
+    kernel = source(
+        "float nan = x[0];\nout[0] = min(nan, 2.0f);\nout[1] = max(3.0f, nan);\nout[2] = min(4, 5.5f);\n"
+        "out[3] = max(-1, 1u) == 0xffffffff;\nout[4] = min(7, 6);"
+    )
+    out = np.zeros(5, np.float32)
+    kernel.launch("kernel", 1, 1, out, np.full(1, np.nan, np.float32))
+    assert out.tolist() == [2, 3, 4, 1, 6]
 
 
 def test_unwritten_variables() -> None:
