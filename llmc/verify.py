@@ -12,7 +12,7 @@ and large logits, as trained models have).
 * llm.c's published losses: 1e-4.  They have six decimals, and the library and hardware that gave them are
   unknown.
 
-A GPU may compute in coarser types.  tf32 and bf16 round operands of products by up to 2^-12 and 2^-9, and on a GPU bf16
+A GPU may compute in coarser types.  tf32 and bf16 round operands of products by up to 2^-11 and 2^-8, and on a GPU bf16
 rounds every result that is stored.  GPT-2 124M with the operands of its products alone in bf16 (the CPU's way) is off
 by up to 9.6e-3 of a gradient tensor's norm; the limits for bf16 leave five times as much for what is stored, and those
 for tf32 are an eighth of them, as its unit is.

@@ -1,7 +1,7 @@
 """The model, the trainer and the commands on a GPU, or its simulation, as a user has them: no adapter between.
 
 Judged by the float64 reference.  In fp32 the limits are the CPU's.  In bf16 every stored result is rounded by up to
-2^-9 of itself; the limits were measured on these models and doubled.
+2^-8 of itself; the limits were measured on these models and doubled.
 """
 
 from __future__ import annotations
