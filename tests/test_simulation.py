@@ -10,7 +10,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from ctypes import byref, c_int, c_size_t, c_ulonglong, c_void_p
 from pathlib import Path
 from typing import Any
@@ -225,7 +225,7 @@ def test_unwritten_variables() -> None:
     assert (np.abs(out) > 1e30).all()
 
 
-FUNCTIONS = {
+FUNCTIONS: dict[str, tuple[Callable[[Any], Any], float]] = {
     # of CUDA's table of errors: units in the last place
     "expf": (np.exp, 2), "exp2f": (np.exp2, 2), "logf": (lambda x: np.log(np.abs(x)), 1), "tanhf": (np.tanh, 2),
     "rsqrtf": (lambda x: 1 / np.sqrt(np.abs(x)), 2), "cospif": (lambda x: np.cos(np.pi * x), 1),
@@ -523,7 +523,7 @@ def test_capture_and_replay(streams: Streams) -> None:
     assert driver.cuGraphExecDestroy(executable) == 0
 
 
-ILLEGAL = {
+ILLEGAL: dict[str, tuple[Callable[[Streams], int], int]] = {
     "allocate": (lambda s: s.driver.cuMemAlloc_v2(byref(c_ulonglong()), c_size_t(64)), 900),
     "free": (lambda s: s.driver.cuMemFree_v2(s.memory), 900),
     "pinned memory": (lambda s: s.driver.cuMemHostAlloc(byref(c_void_p()), c_size_t(64), 0), 900),

@@ -24,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
@@ -63,6 +64,9 @@ def build() -> Path:
     libraries = cache / "lib"
     if not libraries.is_dir():
         cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for old in cache.parent.iterdir():
+            if time.time() - old.stat().st_mtime > 7 * 24 * 3600:
+                shutil.rmtree(old, ignore_errors=True)
         made = Path(tempfile.mkdtemp(dir=cache))
         for name, files in LIBRARIES.items():
             done = subprocess.run(
