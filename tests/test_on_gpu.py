@@ -104,6 +104,27 @@ def test_tests_are_counted_and_failures_named(on_gpu: Any, run: Any, monkeypatch
     assert files["test_b.py"]["failures"][0].startswith("test_b.py: ended with status 7")
 
 
+def test_files_that_measure_memory_run_alone(on_gpu: Any, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have no neighbour: seen from the times at which tests were running."""
+    tests = run.folder / "given"
+    tests.mkdir()
+    files = ["test_a.py", *on_gpu.ALONE, "test_b.py"]
+    for file in files:
+        (tests / file).write_text(
+            "import time, pathlib\n"
+            "def test_cuda():\n"
+            "    began = time.time()\n"
+            "    time.sleep(0.5)\n"
+            f"    pathlib.Path({file!r} + '.times').write_text(f'{{began}} {{time.time()}}')\n"
+        )
+    monkeypatch.setattr(on_gpu, "TESTS", tests)
+    assert on_gpu.op_tests(run, 50, files, 4)["passed"] == len(files)
+    times = {file: [float(t) for t in (tests / f"{file}.times").read_text().split()] for file in files}
+    for file in on_gpu.ALONE:
+        for other in set(files) - {file}:
+            assert times[file][1] <= times[other][0] or times[other][1] <= times[file][0], (file, other)
+
+
 def test_sanitizer_findings(on_gpu: Any, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tool's own words, its exit status, and that it is asked to watch every op."""
     tool = tmp_path / "compute-sanitizer"
@@ -116,7 +137,9 @@ def test_sanitizer_findings(on_gpu: Any, run: Any, tmp_path: Path, monkeypatch: 
     says("300 calls\n========= ERROR SUMMARY: 0 errors", 0)
     assert on_gpu.sanitizer(run, 20, "memcheck") == {"summary": "ERROR SUMMARY: 0 errors"}
     assert "--tool memcheck" in (tmp_path / "asked").read_text()
-    assert (tmp_path / "asked").read_text().rstrip().endswith("every_op.py")
+    assert (tmp_path / "asked").read_text().rstrip().endswith("every_op.py --gemm own")
+    on_gpu.sanitizer(run, 20, "memcheck", "cublaslt")
+    assert (tmp_path / "asked").read_text().rstrip().endswith("every_op.py --gemm cublaslt")
     says("========= Invalid __global__ read of size 4\n========= ERROR SUMMARY: 2 errors", 9)
     with pytest.raises(on_gpu.Failed, match="ERROR SUMMARY: 2 errors: Invalid __global__ read of size 4"):
         on_gpu.sanitizer(run, 20, "memcheck")
