@@ -74,10 +74,10 @@ WATCHING = (
 )
 MACHINE = (
     Option("device", "", str, "NAME", "cpu, cuda (an NVIDIA GPU), cuda:1 the second of several (cpu)"),
-    Option("dtype", "", str, "NAME", "of matrix products: fp32, bf16, on a GPU also tf32; sums are fp32 (fp32)"),
+    Option("dtype", "", str, "NAME", "of products: fp32, bf16, on a GPU also tf32; a GPU stores bf16, too (fp32)"),
     Option("threads", "", int, "N", "CPU: 0: OMP_NUM_THREADS, else the physical cores (0)"),
     Option("isa", "", str, "NAME", "CPU: scalar, avx2, avx512, avx512bf16, amx, neon, neonbf16 (the best here)"),
-    Option("gemm", "", str, "NAME", "GPU: who multiplies matrices, cublaslt or own (cublaslt)"),
+    Option("gemm", "", str, "NAME", "GPU: who multiplies matrices: cublaslt, or own in fp32 and bf16 (cublaslt)"),
     Option("attention", "", str, "NAME", "GPU: own or cudnn (cudnn where it is installed)"),
     Option("seed", "", int, "N", "of initial weights, samples and shuffling (0)"),
 )

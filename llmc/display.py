@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TextIO
 
+from llmc.errors import LlmcError
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -301,10 +303,10 @@ def print_memory(stream: TextIO, plan: Plan, machine: Machine) -> None:
         line(*part)
     line("total", plan.total)
     print(file=stream)
-    line("machine", machine.total)
+    line(machine.name, machine.total)
     if machine.limit is not None:
         line("control group", machine.limit, "the most that this process may have")
-    line("available now", machine.available, "without swapping")
+    line("available now", machine.available, "without swapping" if machine.name == "machine" else "")
 
 
 # ---- llmc info -------------------------------------------------------------------------------------
@@ -323,8 +325,8 @@ def print_info(stream: TextIO, device: str = "cpu", **settings: Any) -> None:
     """Version, processor, what of it is in use, the GPU and what it takes, and which optional packages are there
     (without importing them).
 
-    `settings` are those of `ops.load`.  With a GPU as `device` they are shown too; DeviceError where it is not to be
-    had.
+    `settings` are those of `ops.load`.  With a GPU as `device` they are shown too; where it is not to be had,
+    DeviceError or ConfigError after all else has been printed.
     """
     import platform
     from importlib.metadata import PackageNotFoundError, version
@@ -336,8 +338,13 @@ def print_info(stream: TextIO, device: str = "cpu", **settings: Any) -> None:
         "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "processor": machine.processor(),
     }
-    gpu = {} if device == "cpu" else ops.load(device, **settings).info()
-    info = ops.load("cpu", **({} if gpu else settings)).info()
+    gpu, missing = {}, None
+    if device != "cpu":
+        try:
+            gpu = ops.load(device, **settings).info()
+        except LlmcError as error:
+            missing = error
+    info = ops.load("cpu", **(settings if device == "cpu" else {})).info()
     rows["instruction set"] = f"{info['isa']} in use; {', '.join(info['isas'])} available"
     rows["bf16 products"] = "one instruction per pair" if info["bf16_products"] else "rounded, multiplied in fp32"
     rows["threads"] = str(info["threads"])
@@ -354,3 +361,6 @@ def print_info(stream: TextIO, device: str = "cpu", **settings: Any) -> None:
         rows[name] = f"{found} ({OPTIONAL[name]})" if name in OPTIONAL else found
     for name, value in rows.items():
         print(f"{name:<16} {value}", file=stream)
+    if missing is not None:
+        stream.flush()
+        raise missing

@@ -97,6 +97,7 @@ class Machine:
     total: int
     available: int
     limit: int | None = None
+    name: str = "machine"
 
 
 def device(ops: Ops) -> Machine:
@@ -105,7 +106,7 @@ def device(ops: Ops) -> Machine:
     if found is None:
         return machine()
     available, total = found
-    return Machine(total, available)
+    return Machine(total, available, name="GPU")
 
 
 def machine(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> Machine:

@@ -305,15 +305,15 @@ def load(
     (the default where it is installed).  Raises ConfigError for anything unknown or not available here, DeviceError
     where there is no GPU to be had.
     """
-    name, _, index = device.partition(":")
-    if name not in DEVICES or (index and (name == "cpu" or not index.isdecimal())):
+    name, colon, index = device.partition(":")
+    if name not in DEVICES or (colon and (name == "cpu" or not index.isdecimal())):
         raise ConfigError("device", f"{device!r} is not available; choose from {', '.join(DEVICES)}, cuda:1 ...")
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError("dtype", f"{dtype!r} is unknown; choose from {', '.join(DTYPES)}")
     other = {"gemm": gemm, "attention": attention} if name == "cpu" else {"isa": isa, "threads": threads}
     for field, value in other.items():
         if value is not None:
-            raise ConfigError(field, f"{value!r} means nothing on the device {device!r}")
+            raise ConfigError(field, f"{value!r} means nothing on the device {device!r}: leave it out")
     if name == "cpu":
         from llmc import _cpu
 

@@ -102,7 +102,7 @@ class TrainConfig:
             known = ", ".join(DTYPES)
             raise ConfigError("dtype", f"{self.dtype!r} is unknown; choose from {known}")
         if not self.masters and (self.dtype != "bf16" or self.device == "cpu"):
-            raise ConfigError("masters", "0 is for bf16 on a GPU; elsewhere the weights are fp32 as it is")
+            raise ConfigError("masters", "0 is for bf16 on a GPU; elsewhere weights are fp32 as it is: set it to 1")
         if self.val_data and not self.train_data:
             raise ConfigError("val_data", "is given without train_data")
 

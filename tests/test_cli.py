@@ -314,12 +314,12 @@ def test_errors_are_one_line(on_numpy: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_device(capsys: pytest.CaptureFixture[str]) -> None:
-    for device in ("tpu", "cpu:1", "cuda:x", "cuda:-1"):
+    for device in ("tpu", "cpu:1", "cuda:x", "cuda:-1", "cuda:"):
         status, _, err = run(f"train --device {device}", capsys)
         told = f"llmc: error: device: '{device}' is not available; choose from cpu, cuda, cuda:1 ...\n"
         assert (status, err) == (1, told)
     status, _, err = run("train --device cpu --gemm own", capsys)
-    assert (status, err) == (1, "llmc: error: gemm: 'own' means nothing on the device 'cpu'\n")
+    assert (status, err) == (1, "llmc: error: gemm: 'own' means nothing on the device 'cpu': leave it out\n")
     status, _, err = run("train --masters 0 --dtype bf16", capsys)
     assert status == 1 and err.startswith("llmc: error: masters: 0 is for bf16 on a GPU")
 

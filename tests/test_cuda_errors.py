@@ -90,7 +90,7 @@ MISSING = [
      "driver.libraries = lambda name, package: iter(()) if name == 'cublasLt' else libraries(name, package)", {},
      "DeviceError: libcublasLt was not found: pip install nvidia-cublas; or multiply without it: --gemm own"),
     ("import importlib.util; importlib.util.find_spec = lambda name: None", {},
-     "MissingDependencyError: the device cuda needs PyCUDA: pip install 'llmc[cuda]'"),
+     "MissingDependencyError: the device cuda needs PyCUDA: pip install pycuda nvidia-cuda-nvrtc nvidia-cublas"),
     ("sys.modules['pycuda._driver'] = None", {}, "MissingDependencyError: PyCUDA needs pycuda._driver: "),
     ("attempt(ops.load, 'cuda'); os.environ['SIMULATION_FAULT'] = 'cuInit:803:2'", {"SIMULATION_FAULT": "cuInit:803:1"},
      "DeviceError: the NVIDIA driver cannot be initialised: cuInit failed: system has unsupported display driver"),

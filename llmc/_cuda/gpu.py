@@ -13,7 +13,7 @@ from llmc._cuda import driver
 from llmc.errors import DeviceError, MissingDependencyError
 
 OLDEST = (7, 5)  # compute capability: the least that CUDA 13 compiles for
-INSTALL = "pip install 'llmc[cuda]'"
+INSTALL = "pip install pycuda nvidia-cuda-nvrtc nvidia-cublas (README, On a GPU, says what that takes)"
 
 
 def import_pycuda() -> Any:
