@@ -36,6 +36,7 @@ TURN_SECONDS = 0.02  # that an op is called again and again in one turn, at leas
 TURN_STEPS = 10  # that a GPU takes in one turn
 CACHES = 3.0  # sizes of a GPU's cache that an op's arguments take, all sets of them
 MOST_SETS = 32
+LEAST_CALLS = 16  # in a recording, so that what lies between two replays is nothing beside them
 
 GPU = "cuda"  # the name of a GPU among instruction sets
 CUDNN = "cudnn"  # and of its attention by cuDNN
@@ -257,9 +258,10 @@ def _gpu_row(backend: Any, case: Case, settings: Settings, memory: Array, name: 
     and go through several sets of arguments, so that none is in the cache when its turn comes."""
     count = min(MOST_SETS, max(1, math.ceil(CACHES * backend.cache_nbytes() / max(1.0, case.cost.footprint))))
     sets = case.copies(backend, count)
+    rounds = math.ceil(LEAST_CALLS / count)
 
     def round_of_calls() -> None:
-        for args in sets:
+        for args in sets * rounds:
             case.function(*args)
 
     replay = backend.record(round_of_calls)
@@ -282,7 +284,7 @@ def _gpu_row(backend: Any, case: Case, settings: Settings, memory: Array, name: 
                 break
             replays = min(4 * replays, math.ceil(1.2 * replays * turn / seconds)) + 1
         peaks.append((first + measure(backend, what, memory, beside)) / 2)
-        took.append(seconds / replays / count)
+        took.append(seconds / replays / (rounds * count))
     own_type = case.cost.products or backend.info()["storage"] != "float32"
     return _kernel_row(case, case.dtype if own_type else "fp32", name, took, peaks)
 

@@ -263,20 +263,53 @@ def test_the_largest_batch(tmp_path: Path, training: Any, monkeypatch: pytest.Mo
     assert (parsed.B, parsed.rounds) == (0, 3)
     assert run.fitting(parsed, "bf16").B == 64 and {dtype for _, _, dtype in asked} == {"bfloat16"}
     args.programs = ["llmc", "eager", "compile"]
-    assert run.fitting(parsed, "bf16").B == 8
+    assert run.fitting(parsed, "bf16").B == 16
     assert run.fitting(training.Configuration("tiny", 3, 8, 1), "bf16").B == 3
     assert run.machine(training.Configuration("tiny", 3, 8, 1), "bf16")["steps"] == 100
     assert run.machine(training.Configuration("gpt2-large", 32, 1024, 1), "bf16")["steps"] == 1
 
 
 def test_differences_of_losses(training: Any) -> None:
-    def difference(losses: list[float]) -> float:
-        value: float = training.largest_difference({"llmc": [1.0, 2.0, 3.0], "them": losses}, [1.0, 2.0, 3.0])
+    def difference(losses: list[float], most: int | None = None) -> float:
+        value: float = training.largest_difference({"llmc": [1.0, 2.0, 3.0], "them": losses}, [1.0, 2.0, 3.0], most)
         return value
 
     assert difference([1.0, 2.5, 3.0]) == 0.5
     assert difference([1.0, 2.0]) == 0.0
     assert np.isnan(difference([1.0, float("nan"), 3.0]))
+    assert difference([1.0, 2.25, 9.0], 2) == 0.25
+    assert np.isnan(difference([1.0, 2.0, float("nan")], 1))
+
+
+def test_times_of_losses_that_differ(training: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are given, beside the failure; on a GPU only the first steps count."""
+
+    def measured(device: str, theirs: list[float]) -> Any:
+        def worker(name: str, losses: list[float]) -> Any:
+            answers = [{"losses": [loss], "forward": 1.0, "backward": 1.0, "update": 1.0} for loss in losses]
+            return SimpleNamespace(
+                name=name, losses=losses, answers=answers, memory={"libraries": 1.0, "peak": 2.0}, start=1.0,
+                settings={},
+            )  # fmt: skip
+
+        args = SimpleNamespace(
+            device=device, attention=None, programs=["llmc", "eager"], programs_given=True, only_forward=False, turn=1,
+            warmup=1, starts=1, seconds=np.inf, began=0.0,
+        )  # fmt: skip
+        ours = [1.0] * len(theirs)
+        monkeypatch.setattr(training, "take_turns", lambda *_: [worker("llmc", ours), worker("eager", theirs)])
+        monkeypatch.setattr(training, "repeat_starts", lambda *_: {})
+        monkeypatch.setattr(training.machine, "installed", lambda name: "1.0")
+        run = training.Run(args, 1, Path())
+        return training.measure(run, training.Configuration("tiny", 2, 8, 2), "fp32", None)
+
+    good, bad = measured("cpu", [1.0, 1.0]), measured("cpu", [1.0, 1.5])
+    assert not good["failures"] and len(good["programs"]) == 2
+    assert bad["failures"] == ["the losses differ by 5.0e-01 from llmc's, more than 1.0e-04"]
+    assert bad["programs"] == good["programs"]
+    late = [1.0] * training.COMPARED + [9.0]
+    assert measured("cpu", late)["failures"] and not measured("cuda", late)["failures"]
+    assert measured("cuda", late[1:])["failures"]
 
 
 def test_configurations(training: Any) -> None:

@@ -297,7 +297,7 @@ class Clockwork:
     """A GPU of one op, which takes a millisecond, and a cache of 1000 bytes."""
 
     def __init__(self) -> None:
-        self.now, self.calls, self.replays = 0, [], 0
+        self.now, self.calls, self.replays = 0, [], []
 
     def info(self) -> dict[str, Any]:
         return {"device": "cuda", "storage": "bfloat16"}
@@ -310,7 +310,7 @@ class Clockwork:
 
     def record(self, function: Any) -> Any:
         def replay() -> None:
-            self.replays += 1
+            self.replays.append(self.now)
             function()
 
         return replay
@@ -338,6 +338,7 @@ def test_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row.ms.median == pytest.approx(1.0) and row.rate == pytest.approx(1.0)  # 10^6 bytes a millisecond
     assert row.peak == pytest.approx(2.0) and row.fraction == pytest.approx(0.5)
     assert len(set(clockwork.calls)) == 6 and clockwork.calls[:12] == clockwork.calls[:6] * 2
+    assert np.diff(clockwork.replays).min() == 18  # whole rounds, of at least LEAST_CALLS
     assert clockwork.now * 1e-3 >= 4 * benchmark.TURN_SECONDS
 
 
