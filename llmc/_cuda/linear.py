@@ -24,7 +24,7 @@ SHARED = {"float32": 2 * 2 * 16 * 132 * 4, "bfloat16": 3 * 2 * 128 * 40 * 2}
 PLAIN, GELU, DGELU = 0, 1, 2  # enum Finish
 
 WARP = 32
-CHUNKS, CHUNK_ROWS = 128, 256  # sums of columns: at most so many chunks, of at least so many rows
+CHUNKS, CHUNK_ROWS = 128, 64  # sums of columns: at most so many chunks, of at least so many rows
 COLUMNS = 4096  # that are summed at a time; their partial sums are what the workspace is for
 
 HOPPER = (9, 0)
