@@ -225,6 +225,10 @@ def test_available() -> None:
         with cudnn_standin.installed(library, number):
             found = cudnn.available()
             assert found is None if said is None else found is not None and found.startswith(said)
+    for frontend, usable in (("1.12.1", False), ("1.13.0", True), ("2.0", True), ("1.9.0", False), ("unknown", False)):
+        with cudnn_standin.installed(library):
+            sys.modules["cudnn"].__version__ = frontend  # type: ignore[attr-defined]
+            assert cudnn.available() == (f"9.13.0, frontend {frontend}" if usable else None)
 
 
 def test_the_library_is_loaded_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

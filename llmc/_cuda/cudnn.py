@@ -16,7 +16,6 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -25,6 +24,7 @@ from llmc.errors import DeviceError
 
 SPARE_NBYTES = 1 << 20
 OLDEST = 90000  # cuDNN 9.0: the first whose attention takes strided views in both passes
+OLDEST_FRONTEND = (1, 13)  # the first that knows `generate_stats`
 Q, K, V, OUT, LSE, DOUT, DQ, DK, DV = range(1, 10)  # of the tensors in a graph
 
 
@@ -54,7 +54,8 @@ atexit.register(_states.clear)  # before the context goes
 
 @functools.cache
 def available() -> str | None:
-    """The versions of cuDNN and its frontend; None where either is missing or cannot be used.  Asks no device."""
+    """The versions of cuDNN and its frontend; None where either is missing, too old or cannot be used.  Asks no
+    device."""
     try:
         if find_spec("cudnn") is None:
             return None
@@ -62,12 +63,9 @@ def available() -> str | None:
         import cudnn
 
         number = cudnn.backend_version()  # of the library, which is looked for when the module is imported
-        if number < OLDEST:
+        frontend = str(cudnn.__version__)
+        if number < OLDEST or tuple(map(int, frontend.split(".")[:2])) < OLDEST_FRONTEND:
             return None
-        try:
-            frontend = version("nvidia-cudnn-frontend")
-        except PackageNotFoundError:
-            frontend = str(cudnn.__version__)
     except Exception:  # whatever goes wrong in an import of somebody else's, there is attention without it
         return None
     return f"{number // 10000}.{number // 100 % 100}.{number % 100}, frontend {frontend}"
