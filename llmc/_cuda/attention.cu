@@ -23,13 +23,40 @@ template <int WIDEST> struct Tile {
 // Floats from a row of D columns to the next: an odd number of 16 bytes, so that 8 rows begin in different banks.
 __device__ __forceinline__ int padded(int D) { return ((D + 3) / 4 | 1) * 4; }
 
-// Copies rows, of which the first `present` exist, to shared memory; all else of the tile becomes 0.
-template <int ROWS>
+// Begins to copy rows, of which the first `present` exist, to shared memory; rows that do not become 0. The copies that
+// thread (y, x) makes are of rows y + 8 i, columns 4 (x + 8 j) to 4 (x + 8 j) + 3, all under way at once and past the
+// registers: they have arrived after `cp_async_wait` and a barrier. Numbers that must be converted, or do not lie at
+// multiples of 16 bytes, go one by one.
+template <int WIDEST>
 __device__ __forceinline__ void load_tile(float *tile, const floatX *rows, long long stride, int present, int D) {
-    const int width = padded(D), lane = threadIdx.x % WARP;
-    for (int row = threadIdx.x / WARP; row < ROWS; row += THREADS / WARP)
-        for (int column = lane; column < width; column += WARP)
-            tile[row * width + column] = row < present && column < D ? to_float(rows[row * stride + column]) : 0.0f;
+    constexpr int R = Tile<WIDEST>::R, ROWS = Tile<WIDEST>::ROWS;
+    const int width = padded(D);
+    if (sizeof(floatX) == 4 && D % 4 == 0 && (unsigned long long)rows % 16 == 0) {
+        const int y = threadIdx.x / SIDE, x = threadIdx.x % SIDE;
+#pragma unroll
+        for (int i = 0; i < R; i++)
+#pragma unroll
+            for (int j = 0; j < WIDEST / (4 * SIDE); j++) {
+                const int row = y + SIDE * i, column = 4 * (x + SIDE * j);
+                const bool there = row < present;
+                if (column < D)
+                    cp_async_16(tile + row * width + column, rows + (there ? row : 0) * stride + column,
+                                there ? 16 : 0);
+            }
+    } else {
+        const int lane = threadIdx.x % WARP;
+        for (int row = threadIdx.x / WARP; row < ROWS; row += THREADS / WARP)
+            for (int column = lane; column < width; column += WARP)
+                tile[row * width + column] = row < present && column < D ? to_float(rows[row * stride + column]) : 0.0f;
+    }
+    cp_async_commit();
+}
+
+// Waits until what this thread has begun to copy is there, and then for the others: all may read it, and overwrite what
+// they read before.
+__device__ __forceinline__ void arrived() {
+    cp_async_wait<0>();
+    __syncthreads();
 }
 
 __device__ __forceinline__ float dot4(float4 a, float4 b, float sum) {
@@ -124,7 +151,8 @@ template <typename Op> __device__ __forceinline__ float row_reduce(float value) 
 // Reads qkv (B,T,3C); writes the block's rows of out (B,T,C) and lse (B,H,T).
 //
 // Each row has a running maximum and denominator; its sums are rescaled when the maximum grows (Milakov & Gimelshein
-// 2018). exp(s / sqrt(D) - m) is 2^(s c - m c) with c = log2(e) / sqrt(D).
+// 2018). exp(s / sqrt(D) - m) is 2^(s c - m c) with c = log2(e) / sqrt(D). Of keys and values one tile travels while
+// the other is in use.
 template <int WIDEST>
 __device__ __forceinline__ void forward(floatX *out, float *lse, const floatX *qkv, int T, int H, int heads, int D) {
     constexpr int R = Tile<WIDEST>::R, ROWS = Tile<WIDEST>::ROWS;
@@ -138,18 +166,20 @@ __device__ __forceinline__ void forward(floatX *out, float *lse, const floatX *q
     const long long stride = 3LL * C;
     const floatX *queries = qkv + b * T * stride + head % H * D, *keys = queries + C, *values = keys + C;
 
-    load_tile<ROWS>(q_tile, queries + q0 * stride, stride, T - q0, D);
+    load_tile<WIDEST>(q_tile, queries + q0 * stride, stride, T - q0, D);
+    load_tile<WIDEST>(k_tile, keys, stride, T, D);
     float sum[R][WIDEST / SIDE], largest[R], total[R];
     clear(sum);
 #pragma unroll
     for (int i = 0; i < R; i++) largest[i] = -INFINITY, total[i] = 0.0f;
     for (int k0 = 0; k0 <= q0; k0 += ROWS) {
-        __syncthreads();
-        load_tile<ROWS>(k_tile, keys + k0 * stride, stride, T - k0, D);
-        load_tile<ROWS>(v_tile, values + k0 * stride, stride, T - k0, D);
-        __syncthreads();
+        const int next = k0 + ROWS;
+        arrived(); // keys
+        load_tile<WIDEST>(v_tile, values + k0 * stride, stride, T - k0, D);
         float s[R][R];
         multiply_rows(s, q_tile, k_tile, D);
+        arrived(); // values
+        if (next <= q0) load_tile<WIDEST>(k_tile, keys + next * stride, stride, T - next, D);
 #pragma unroll
         for (int i = 0; i < R; i++) {
             const int row = q0 + y + SIDE * i;
@@ -202,9 +232,10 @@ __device__ __forceinline__ void backward_queries(floatX *dqkv, float *delta, con
     const long long stride = 3LL * C, at = ((long long)b * T + q0) * C + head % H * D;
     const floatX *queries = qkv + b * T * stride + head % H * D, *keys = queries + C, *values = keys + C;
 
-    load_tile<ROWS>(q_tile, queries + q0 * stride, stride, T - q0, D);
-    load_tile<ROWS>(do_tile, dout + at, C, T - q0, D);
-    __syncthreads();
+    load_tile<WIDEST>(q_tile, queries + q0 * stride, stride, T - q0, D);
+    load_tile<WIDEST>(do_tile, dout + at, C, T - q0, D);
+    load_tile<WIDEST>(v_tile, values, stride, T, D);
+    arrived();
     float sum[R][WIDEST / SIDE], shift[R], row_delta[R], factor[R];
     clear(sum);
 #pragma unroll
@@ -221,13 +252,14 @@ __device__ __forceinline__ void backward_queries(floatX *dqkv, float *delta, con
         factor[i] = scale;
     }
     for (int k0 = 0; k0 <= q0; k0 += ROWS) {
-        __syncthreads();
-        load_tile<ROWS>(k_tile, keys + k0 * stride, stride, T - k0, D);
-        load_tile<ROWS>(v_tile, values + k0 * stride, stride, T - k0, D);
-        __syncthreads();
+        const int next = k0 + ROWS;
+        arrived(); // values
+        load_tile<WIDEST>(k_tile, keys + k0 * stride, stride, T - k0, D);
         float s[R][R], dp[R][R];
-        multiply_rows(s, q_tile, k_tile, D);
         multiply_rows(dp, do_tile, v_tile, D);
+        arrived(); // keys
+        if (next <= q0) load_tile<WIDEST>(v_tile, values + next * stride, stride, T - next, D);
+        multiply_rows(s, q_tile, k_tile, D);
 #pragma unroll
         for (int i = 0; i < R; i++)
 #pragma unroll
@@ -258,20 +290,21 @@ __device__ __forceinline__ void backward_keys(floatX *dqkv, const floatX *dout, 
     const floatX *queries = qkv + b * T * stride + head % H * D, *keys = queries + C, *values = keys + C;
     const floatX *douts = dout + (long long)b * T * C + head % H * D;
 
-    load_tile<ROWS>(k_tile, keys + k0 * stride, stride, T - k0, D);
-    load_tile<ROWS>(v_tile, values + k0 * stride, stride, T - k0, D);
+    load_tile<WIDEST>(k_tile, keys + k0 * stride, stride, T - k0, D);
+    load_tile<WIDEST>(v_tile, values + k0 * stride, stride, T - k0, D);
+    load_tile<WIDEST>(do_tile, douts + (long long)k0 * C, C, T - k0, D);
     float dk[R][WIDEST / SIDE], dv[R][WIDEST / SIDE], scales[R], ones[R];
     clear(dk), clear(dv);
 #pragma unroll
     for (int i = 0; i < R; i++) scales[i] = scale, ones[i] = 1.0f;
     for (int q0 = k0; q0 < T; q0 += ROWS) {
-        __syncthreads();
-        load_tile<ROWS>(q_tile, queries + q0 * stride, stride, T - q0, D);
-        load_tile<ROWS>(do_tile, douts + (long long)q0 * C, C, T - q0, D);
-        __syncthreads();
+        const int next = q0 + ROWS;
+        arrived(); // dO
+        load_tile<WIDEST>(q_tile, queries + q0 * stride, stride, T - q0, D);
         float p[R][R], dp[R][R]; // transposed: rows are keys
-        multiply_rows(p, k_tile, q_tile, D);
         multiply_rows(dp, v_tile, do_tile, D);
+        arrived(); // queries
+        multiply_rows(p, k_tile, q_tile, D);
 #pragma unroll
         for (int j = 0; j < R; j++) {
             const int query = q0 + x + SIDE * j;
@@ -285,6 +318,8 @@ __device__ __forceinline__ void backward_keys(floatX *dqkv, const floatX *dout, 
             }
         }
         multiply_add<WIDEST>(dv, p, scratch, do_tile, D);
+        __syncthreads(); // nobody reads dO any more
+        if (next < T) load_tile<WIDEST>(do_tile, douts + (long long)next * C, C, T - next, D);
         multiply_add<WIDEST>(dk, dp, scratch, q_tile, D);
     }
     floatX *rows = dqkv + ((long long)b * T + k0) * stride + head % H * D;

@@ -195,8 +195,7 @@ __device__ __forceinline__ void store_rows(bf16 *out, int stride, int present, c
     }
 }
 
-// ---- who owns what
-// ----------------------------------------------------------------------------------------------------
+// ---- who owns what -----------------------------------------------------------------------------------------------
 
 struct Task {
     int head, rank;
@@ -210,8 +209,7 @@ __device__ __forceinline__ Task task(int heads, int group, int ranks) {
     return {round * group + left % size, left / size};
 }
 
-// ---- forward
-// ----------------------------------------------------------------------------------------------------------
+// ---- forward -----------------------------------------------------------------------------------------------------
 
 // Reads qkv (B,T,3C); writes the block's rows of out (B,T,C) and lse (B,H,T).
 //
@@ -312,8 +310,7 @@ __device__ __forceinline__ void forward(bf16 *out, float *lse, const bf16 *qkv, 
     store_rows<D>(out + ((long long)b * T + q0) * C + h * D, C, T - q0, sum, total, q_tile, first);
 }
 
-// ---- backward
-// ---------------------------------------------------------------------------------------------------------
+// ---- backward ----------------------------------------------------------------------------------------------------
 
 // Reads dout, out (B,T,C), qkv (B,T,3C), lse (B,H,T); writes the block's rows of dQ in dqkv (B,T,3C) and of delta
 // (B,H,T), which `backward_keys` reads after it.
@@ -341,25 +338,33 @@ __device__ __forceinline__ void backward_queries(bf16 *dqkv, float *delta, const
     load_tile<D, BN>(v_tiles, values, stride, T);
     cp_async_commit();
 
-    // delta: D / 8 lanes a row; then each lane fetches those of the rows it has a part in
+    // delta: D / 8 lanes a row; then each lane fetches those of the rows it has a part in. Rows that do not exist are
+    // the last that does, as a branch would have each load waited for before the next.
     float shift[M][2], own_delta[M][2], factor[M][2];
+    constexpr int EACH = M * CHUNKS / 2, TOGETHER = EACH < 4 ? EACH : 4; // 16 bytes of dout and out; those under way
 #pragma unroll
-    for (int i = lane; i < 16 * M * CHUNKS; i += 32) {
-        const int row = first + i / CHUNKS, chunk = i % CHUNKS;
-        float dot = 0.0f;
-        if (q0 + row < T) {
-            const long long at = block + (long long)row * C + chunk * 8;
-            const uint4 x = *(const uint4 *)(dout + at), y = *(const uint4 *)(out + at);
-            const unsigned xs[4] = {x.x, x.y, x.z, x.w}, ys[4] = {y.x, y.y, y.z, y.w};
+    for (int i = 0; i < EACH; i += TOGETHER) {
+        uint4 x[TOGETHER], y[TOGETHER];
+#pragma unroll
+        for (int u = 0; u < TOGETHER; u++) {
+            const int at = (i + u) * 32 + lane, row = min(first + at / CHUNKS, T - 1 - q0);
+            const long long from = block + (long long)row * C + at % CHUNKS * 8;
+            x[u] = *(const uint4 *)(dout + from), y[u] = *(const uint4 *)(out + from);
+        }
+#pragma unroll
+        for (int u = 0; u < TOGETHER; u++) {
+            const int at = (i + u) * 32 + lane, row = q0 + first + at / CHUNKS;
+            const unsigned xs[4] = {x[u].x, x[u].y, x[u].z, x[u].w}, ys[4] = {y[u].x, y[u].y, y[u].z, y[u].w};
+            float dot = 0.0f;
 #pragma unroll
             for (int w = 0; w < 4; w++) {
                 dot = fmaf(__uint_as_float(xs[w] << 16), __uint_as_float(ys[w] << 16), dot);
                 dot = fmaf(__uint_as_float(xs[w] & 0xffff0000u), __uint_as_float(ys[w] & 0xffff0000u), dot);
             }
-        }
 #pragma unroll
-        for (int step = CHUNKS / 2; step > 0; step /= 2) dot += __shfl_xor_sync(ALL_LANES, dot, step);
-        if (chunk == 0 && q0 + row < T) delta[statistics + q0 + row] = dot;
+            for (int step = CHUNKS / 2; step > 0; step /= 2) dot += __shfl_xor_sync(ALL_LANES, dot, step);
+            if (at % CHUNKS == 0 && row < T) delta[statistics + row] = dot;
+        }
     }
     __syncwarp();
 #pragma unroll
@@ -533,8 +538,7 @@ __device__ __forceinline__ void backward_keys(bf16 *dqkv, const bf16 *dout, cons
 
 } // namespace
 
-// ---- one kernel a head size; tiles as in attention.py
-// -------------------------------------------------------------------
+// ---- one kernel a head size; tiles as in attention.py ------------------------------------------------------------
 
 #define FORWARD(D, BM, BN)                                                                                             \
     extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                           \
