@@ -427,19 +427,21 @@ __device__ __forceinline__ void decode(floatX *out, floatX *keys, floatX *values
 
 // ---- one kernel for heads of up to 64, 128 and 256 channels -----------------------------------------------------
 
-#define FORWARD(WIDEST)                                                                                                \
-    extern "C" __global__ void __launch_bounds__(THREADS, 4)                                                           \
+// BLOCKS is how many the 227 KB of shared memory of an H100's SM hold; registers are not to be what allows fewer.
+
+#define FORWARD(WIDEST, BLOCKS)                                                                                        \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                      \
         attention_forward_##WIDEST(floatX *out, float *lse, const floatX *qkv, int T, int H, int heads, int D) {       \
         forward<WIDEST>(out, lse, qkv, T, H, heads, D);                                                                \
     }
 
-#define BACKWARD(WIDEST)                                                                                               \
-    extern "C" __global__ void __launch_bounds__(THREADS, 4)                                                           \
+#define BACKWARD(WIDEST, BLOCKS)                                                                                       \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                      \
         attention_backward_queries_##WIDEST(floatX *dqkv, float *delta, const floatX *dout, const floatX *qkv,         \
                                             const floatX *out, const float *lse, int T, int H, int heads, int D) {     \
         backward_queries<WIDEST>(dqkv, delta, dout, qkv, out, lse, T, H, heads, D);                                    \
     }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(THREADS, 4)                                                           \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                      \
         attention_backward_keys_##WIDEST(floatX *dqkv, const floatX *dout, const floatX *qkv, const float *lse,        \
                                          const float *delta, int T, int H, int heads, int D) {                         \
         backward_keys<WIDEST>(dqkv, dout, qkv, lse, delta, T, H, heads, D);                                            \
@@ -452,12 +454,12 @@ __device__ __forceinline__ void decode(floatX *out, floatX *keys, floatX *values
         decode<WIDEST / WARP>(out, keys, values, partial, qkv, T, max_T, H, D, position, chunk);                       \
     }
 
-FORWARD(64)
-FORWARD(128)
-FORWARD(256)
-BACKWARD(64)
-BACKWARD(128)
-BACKWARD(256)
+FORWARD(64, 7)
+FORWARD(128, 4)
+FORWARD(256, 4)
+BACKWARD(64, 5)
+BACKWARD(128, 3)
+BACKWARD(256, 3)
 DECODE(64)
 DECODE(128)
 DECODE(256)
