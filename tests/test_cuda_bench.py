@@ -26,6 +26,7 @@ from guard import OUTPUTS
 
 from llmc import benchmark, cases, ops, profiling
 from llmc.__main__ import main
+from llmc._cuda import compiler, device, head
 from llmc.benchmark import Configuration, Program, Settings
 from llmc.costs import Cost
 from llmc.errors import ConfigError
@@ -153,13 +154,25 @@ def test_products(gpu: ModuleType, rng: np.random.Generator) -> None:
         gpu.product("up", placed(x), placed(x), placed(x))
 
 
-@pytest.mark.parametrize("rows", [40, 41])
-def test_classifier(gpu: ModuleType, rng: np.random.Generator, rows: int) -> None:
-    """It is what `head_loss` does between its products."""
-    V, M, scale = 37, 6, 0.5
+@pytest.mark.parametrize("room", [1, 2])
+@pytest.mark.parametrize(("V", "rows"), [(37, 40), (37, 41), (9001, 9008), (16384, 16384)])
+def test_classifier(
+    gpu: ModuleType, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, V: int, rows: int, room: int
+) -> None:
+    """It is what `head_loss` does between its products; where two rows fit into a multiprocessor's shared memory, and
+    where one does."""
+    M, scale = 6, 0.5
+    launched: list[str] = []
+    launch = compiler.Kernel.__call__
+    monkeypatch.setattr(
+        compiler.Kernel, "__call__",
+        lambda self, *args, **how: (launched.append(self.name), launch(self, *args, **how))[1],
+    )  # fmt: skip
+    monkeypatch.setattr(device, "shared_limit", lambda: room * (-(-V // 4) * 16 + head.BESIDE))
     values, chosen = rng.standard_normal((M, rows)).astype(np.float32), rng.integers(V, size=(2, 3))
     logits, losses, targets = gpu.empty((M, rows), "float32"), gpu.empty((2, 3), "float32"), gpu.empty((2, 3), "int32")
     logits[...], targets[...] = values, chosen
+    launched.clear()
     gpu.classifier(logits, losses, targets, V, scale)
     exact = values[:, :V].astype(np.float64)
     lse = np.log(np.exp(exact).sum(1, keepdims=True))
@@ -168,6 +181,7 @@ def test_classifier(gpu: ModuleType, rng: np.random.Generator, rows: int) -> Non
     expected[np.arange(M), chosen.ravel()] -= 1
     np.testing.assert_allclose(np.asarray(losses).ravel(), (lse[:, 0] - exact[np.arange(M), chosen.ravel()]), rtol=1e-5)
     np.testing.assert_allclose(np.asarray(logits), scale * expected, rtol=1e-5, atol=1e-7)
+    assert launched == ["classifier_any" if rows % 4 else "classifier" if room == 1 else "classifier_held"]
 
 
 def test_ceiling_of_an_op() -> None:

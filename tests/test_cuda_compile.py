@@ -212,6 +212,7 @@ HOT = (
     Hot(r"gelu_forward|gelu_backward|residual_forward|widen|narrow", 256, 5, WIDE),
     Hot(r"embedding_(forward|positions|rows)", 256, 4, WIDE),
     Hot(r"classifier", 512, 2, WIDE),
+    Hot(r"classifier_held", 512, 2, (*COPIED, r"LDS\.128", WIDE[1])),
     Hot(r"adamw_step|adamw_step_stored", 256, 4, WIDE),
     Hot(r"square_sums_(single|stored)", 256, 6, WIDE[:1]),
     Hot(r"flash_\w+_\d+", 128, 2, (*TENSOR, *COPIED, WIDE[1])),

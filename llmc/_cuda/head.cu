@@ -18,27 +18,45 @@ __device__ __forceinline__ float raised(float x, float m) {
 #endif
 }
 
+// Begins to copy what the thread reads at a time, its packs from `begin` on, to the same places in `held`.
+template <int N> __device__ __forceinline__ void fetch(floatX *held, const floatX *row, int begin, int V) {
+#pragma unroll
+    for (int k = 0; k < LOADS; k++) {
+        int c = begin + k * THREADS * N;
+        if (c < V) cp_async_16(held + c, row + c);
+    }
+    cp_async_commit();
+}
+
 // A row of V logits, the `stride` elements of which begin at a multiple of 16 bytes where N > 1:
 //
 //     losses = log(sum of e^logits) - logits[target];  logits = scale (softmax - onehot(target)), if `train`
 //
 // Columns from V on are not looked at, and become 0 in training.  One pass finds maximum and sum together: where the
-// maximum grows, the sum so far shrinks.  The second begins where the first has ended, with what L2 still holds: a
-// block's row is 100 KB in bf16, those of two blocks on each of 132 multiprocessors 27 MB.
+// maximum grows, the sum so far shrinks.  Between the passes the row is in `held`, shared memory for whole packs, of
+// which a thread reads those alone that it has copied itself; with null, L2 is to have it, and the second pass begins
+// where the first has ended.  (L2 may not: a row of GPT-2 is 100 KB in bf16, those of two blocks on each of 132
+// multiprocessors 27 MB, and an H100 has two halves of 25 MB that may both keep a line.)
 //
-// Bytes moved: C of memory to read and C to write, and C of L2, for C columns.
-template <int N>
+// Bytes moved: C of memory to read and C to write, and without `held` C of L2, for C columns.
+template <int N, bool HELD = false>
 __device__ __forceinline__ void classify(floatX *logits, float *losses, const int *targets, int V, int stride,
-                                         float scale, int train, float *scratch) {
+                                         float scale, int train, float *scratch, floatX *held = nullptr) {
     floatX *row = logits + static_cast<size_t>(blockIdx.x) * stride;
     int target = targets[blockIdx.x];
     float chosen = to_float(row[target]); // before anyone writes: there are barriers in between
     float m = START, sum = 0.0f;
     int step = THREADS * N, chunk = LOADS * step;
+    const floatX *from = HELD ? held : row;
+    if constexpr (HELD) fetch<N>(held, row, threadIdx.x * N, V);
     for (int begin = threadIdx.x * N; begin < V; begin += chunk) {
+        if constexpr (HELD) {
+            fetch<N>(held, row, begin + chunk, V);
+            cp_async_wait<1>();
+        }
         float v[LOADS][N], highest = m;
 #pragma unroll
-        for (int k = 0; k < LOADS; k++) load_if<N>(v[k], row + begin + k * step, begin + k * step < V);
+        for (int k = 0; k < LOADS; k++) load_if<N>(v[k], from + begin + k * step, begin + k * step < V);
         if (begin + (LOADS - 1) * step + N > V) {
 #pragma unroll
             for (int k = 0; k < LOADS; k++)
@@ -66,7 +84,7 @@ __device__ __forceinline__ void classify(floatX *logits, float *losses, const in
     for (int begin = (V - 1) / chunk * chunk + threadIdx.x * N; begin >= 0; begin -= chunk) {
         float v[LOADS][N];
 #pragma unroll
-        for (int k = 0; k < LOADS; k++) load_if<N>(v[k], row + begin + k * step, begin + k * step < V);
+        for (int k = 0; k < LOADS; k++) load_if<N>(v[k], from + begin + k * step, begin + k * step < V);
 #pragma unroll
         for (int k = 0; k < LOADS; k++) {
             int c = begin + k * step;
@@ -84,6 +102,13 @@ __device__ __forceinline__ void classify(floatX *logits, float *losses, const in
     for (int c = (V + N - 1) / N * N + threadIdx.x; c < stride; c += THREADS) row[c] = from_float<floatX>(0.0f);
     if (threadIdx.x == target / N % THREADS) // it has written the rest of this pack
         row[target] = from_float<floatX>(raised(chosen, highest) * factor - scale);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+    classifier_held(floatX *logits, float *losses, const int *targets, int V, int stride, float scale, int train) {
+    __shared__ float scratch[THREADS / WARP];
+    SHARED(floatX, held);
+    classify<PACK, true>(logits, losses, targets, V, stride, scale, train, scratch, held);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2)

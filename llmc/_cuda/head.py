@@ -10,12 +10,15 @@ from __future__ import annotations
 from llmc._cuda import check, device
 from llmc._cuda.compiler import Kernel
 from llmc._cuda.device import DeviceArray
-from llmc._cuda.linear import gemm
-from llmc._cuda.packs import blocks, elements
+from llmc._cuda.linear import Pointer, gemm
+from llmc._cuda.packs import NBYTES, blocks, elements
 
 CHUNK = 4096  # tokens whose logits exist at a time
 THREADS = 512  # of a row of logits, as in head.cu
 
+BESIDE = 2048  # bytes of shared memory that a block takes beside its row: the kernel's own, and the system's
+
+CLASSIFIER_HELD = Kernel("head", "classifier_held", "PPPiifi")
 CLASSIFIER = Kernel("head", "classifier", "PPPiifi")
 CLASSIFIER_ANY = Kernel("head", "classifier_any", "PPPiifi")
 ROUND = Kernel("head", "round_sums", "PPqi")
@@ -31,6 +34,21 @@ def _scratch(tokens: int, rows: int, channels: int) -> tuple[int, int]:
 
 def scratch_nbytes(channels: int, vocab_size: int, parameters: int, tokens: int, heads: int) -> int:
     return sum(_scratch(tokens, vocab_size, channels))
+
+
+def classify(
+    logits: Pointer, losses: Pointer, targets: Pointer, tokens: int, V: int, rows: int, scale: float, train: bool
+) -> None:  # fmt: skip
+    """Losses of some tokens from their logits (tokens,rows), which become their own gradient if `train`."""
+    args = (logits, losses, targets, V, rows, scale, train)
+    if rows % elements():
+        CLASSIFIER_ANY(tokens, THREADS, *args)
+        return
+    held = blocks(V, elements()) * NBYTES
+    if 2 * (held + BESIDE) <= device.shared_limit():  # two blocks at a time, so that one computes while one reads
+        CLASSIFIER_HELD(tokens, THREADS, *args, shared=held)
+    else:
+        CLASSIFIER(tokens, THREADS, *args)
 
 
 def head_loss(
@@ -51,11 +69,10 @@ def head_loss(
     sizes = _scratch(M, rows, C if dx is not None else 0)
     logits = device.workspace(sum(sizes))
     sums = logits + sizes[0] if sizes[1] else None
-    classifier = CLASSIFIER if rows % elements() == 0 else CLASSIFIER_ANY
     for start in range(0, M, CHUNK) or (0,):  # with no tokens at all dw is still to be zeroed
         n, skipped = min(CHUNK, M - start), start * C * itemsize
         gemm(logits, x.ptr + skipped, w, n, rows, C, tb=True)
-        classifier(n, THREADS, logits, losses.ptr + start * 4, targets.ptr + start * 4, V, rows, scale, dx is not None)
+        classify(logits, losses.ptr + start * 4, targets.ptr + start * 4, n, V, rows, scale, dx is not None)
         if dx is None or dw is None:
             continue
         if sums is None:

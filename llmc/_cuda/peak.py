@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from llmc._cuda import check, device, head, linear, packs, philox
+from llmc._cuda import check, device, head, linear, philox
 from llmc._cuda.device import DeviceArray
 
 CACHES = 8  # sizes of the L2 cache that a copy's two arrays take together
@@ -92,8 +92,7 @@ def classifier(
     M, rows = check.matrix("logits", logits).shape
     check.expect("losses", check.matrix("losses", losses, "float32").shape, targets.shape)
     check.expect("targets", (check.ids("targets", targets, V).size,), (M,))
-    kernel = head.CLASSIFIER if rows % packs.elements() == 0 else head.CLASSIFIER_ANY
-    kernel(M, head.THREADS, logits, losses, targets, V, rows, scale, True)
+    head.classify(logits, losses, targets, M, V, rows, scale, True)
 
 
 def _copy(memory: DeviceArray, half: int) -> None:
