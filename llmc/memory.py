@@ -79,7 +79,7 @@ def plan(
             Part("workspace, shared", workspace["shared"], "logits of a chunk, partial sums"),
             Part("workspace, threads", workspace["threads"], "packed panels, attention blocks")
             if ops.info()["device"] == "cpu"
-            else Part("workspace, library", workspace["threads"], "cuBLASLt's"),
+            else Part("workspace, library", workspace["threads"], "libraries', and for what travels"),
             *([Part("data", data, "batches and their order")] if ops.memory() is None else []),
             Part("profile", profile, "streams that ops are compared with" if profile else "none"),
         )

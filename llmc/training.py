@@ -101,6 +101,8 @@ class TrainConfig:
         if self.dtype not in DTYPES:
             known = ", ".join(DTYPES)
             raise ConfigError("dtype", f"{self.dtype!r} is unknown; choose from {known}")
+        if self.seed >= 1 << 64:
+            raise ConfigError("seed", f"must be less than 2^64, got {self.seed}")
         if not self.masters and (self.dtype != "bf16" or self.device == "cpu"):
             raise ConfigError("masters", "0 is for bf16 on a GPU; elsewhere weights are fp32 as it is: set it to 1")
         if self.val_data and not self.train_data:
@@ -203,10 +205,10 @@ def train(
 ) -> Iterator[Event]:
     """Train as `config` says (None: the recipe `stories`), yielding events.
 
-    `model`, if given, is trained in place with the backend it has: `config.init`, `device`, `threads` and `isa` are
-    only noted, and another `dtype` than the backend's is a ConfigError.  Else it is loaded.  `stop` is asked before
-    every update whether to end the run early, which then saves its model like any other.  With `profile` the ops are
-    timed, which changes no result, and after the last update comes a `Profile`.
+    `model`, if given, is trained in place with the backend it has: `config.init`, `device`, `threads`, `isa`, `gemm`,
+    `attention` and `masters` are only noted, and another `dtype` than the backend's is a ConfigError.  Else it is
+    loaded.  `stop` is asked before every update whether to end the run early, which then saves its model like any
+    other.  With `profile` the ops are timed, which changes no result, and after the last update comes a `Profile`.
 
     Validation and sampling happen when the number of updates done is a multiple of their interval:
     validation at 0 too, and both after the last update only if its count is such a multiple.
@@ -214,7 +216,8 @@ def train(
     Raises ConfigError or another LlmcError before the first update for whatever cannot work, and before anything
     is allocated where the machine has less memory than the run takes (`memory_plan`);
     DivergenceError when a loss or a norm is not finite.  That update is not applied, and the model in
-    `config.out`, if there was one, is left as it was.
+    `config.out`, if there was one, is left as it was.  On a GPU the update after it may have been on its way, and is
+    applied to the model in memory if its own numbers are finite.
     """
     if config is None:
         config = TrainConfig.recipe("stories")
@@ -229,6 +232,8 @@ def _run(config: TrainConfig, model: GPT2 | None, stop: Callable[[], bool], prof
     if model is None:
         model = loading.load(config.init, ops=_backend(config), seed=config.seed, masters=config.masters)
     B, T = config.batch_size, config.sequence_length
+    if samples := _sample_length(config):  # recordings hold on to the workspace they were made with
+        model.ops.reserve(**gpt2.workspace(model.config, 1, max(B * T, sampling.longest(model.config, samples))))
     model.prepare(B, T, config.recompute)
     data, held_out = _open_data(config, model)
     steps = _steps(config, data)
@@ -379,7 +384,7 @@ def memory_plan(config: TrainConfig, profile: bool = False) -> memory.Plan:
     """
     _check_inputs(config)
     ops = _backend(config)
-    return _plan(config, loading.read_config(config.init), ops, ops.info()["storage"], profile)
+    return _plan(config, loading.read_config(config.init), ops, ops.info()["storage"], profile, config.masters)
 
 
 def memory_of(config: TrainConfig) -> memory.Machine:
@@ -391,35 +396,40 @@ def require_memory(config: TrainConfig, model: GPT2 | None = None, profile: bool
     """ConfigError, saying what would fit, where this machine has less memory available than `train` will take with
     the same arguments."""
     if model is None:
-        ops, shape, held = _backend(config), loading.read_config(config.init), 0
+        ops, shape, held, masters = _backend(config), loading.read_config(config.init), 0, config.masters
         dtype = ops.info()["storage"]
     else:
-        ops, shape, dtype = model.ops, model.config, model.dtype
+        ops, shape, dtype, masters = model.ops, model.config, model.dtype, model.weights is not model.params
         held = model.nbytes + sum(ops.workspace_nbytes(**gpt2.workspace(shape, 1, 1)).values())
 
     def make(B: int, recompute: str) -> memory.Plan:
         smaller = replace(config, batch_size=B, recompute=recompute, total_batch=0)
-        return _plan(smaller, shape, ops, dtype, profile)
+        return _plan(smaller, shape, ops, dtype, profile, masters)
 
     sequences = config.total_batch // config.sequence_length
     memory.require(make, config.batch_size, config.recompute, memory.device(ops), sequences=sequences, held=held)
 
 
 def _plan(
-    config: TrainConfig, shape: gpt2.Config, ops: contract.Ops, dtype: str, profile: bool = False
+    config: TrainConfig, shape: gpt2.Config, ops: contract.Ops, dtype: str, profile: bool, masters: bool
 ) -> memory.Plan:
     B, T = config.batch_size, config.sequence_length
     if config.train_data:
         batch, order = Shards.nbytes(config.train_data, B, T, shuffle=config.shuffle)
     else:
         batch, order = Stories.nbytes(B, T)
-    samples = config.sample_every > 0 and not 0 <= config.steps < config.sample_every
     return memory.plan(
-        shape, ops, B, T, dtype=dtype, masters=config.masters, recompute=config.recompute,
-        sample_length=config.sample_length if samples else 0,
+        shape, ops, B, T, dtype=dtype, masters=masters, recompute=config.recompute,
+        sample_length=_sample_length(config),
         data=2 * batch + order,  # one batch is still held while the next is read
         profile=profiling.memory_nbytes(ops) if profile else 0,
     )  # fmt: skip
+
+
+def _sample_length(config: TrainConfig) -> int:
+    """Tokens of each sample; 0 for a run that takes none."""
+    samples = config.sample_every > 0 and not 0 <= config.steps < config.sample_every
+    return config.sample_length if samples else 0
 
 
 def _backend(config: TrainConfig) -> contract.Ops:

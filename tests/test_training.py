@@ -476,6 +476,7 @@ def test_a_failed_start_leaves_no_folder(tmp_path: Path) -> None:
         ({"beta2": 1.0}, "^beta2: must be less than 1"),
         ({"eps": 0.0}, "^eps: "),
         ({"schedule": "cosin"}, "^schedule: 'cosin' is unknown; choose from constant, cosine, linear, wsd"),
+        ({"seed": 1 << 64}, "^seed: must be less than 2\\^64"),
         ({"dtype": "fp16"}, "^dtype: 'fp16' is unknown; choose from fp32, tf32, bf16"),
         ({"overfit": 2}, "^overfit: must be true or false"),
         ({"val_data": "x.bin"}, "^val_data: is given without train_data"),

@@ -91,7 +91,7 @@ def configure(
         device.open_gpu(index)
         _check(index, precision, multiplies)
     device.storage, device.dtype = np.dtype(STORAGE[precision]), precision
-    device.gemm, device.attention = multiplies, attends
+    device.gemm, device.attention, device.attention_asked = multiplies, attends, attention is not None
 
 
 def _known(field: str, name: str | None, names: tuple[str, ...]) -> str:
@@ -153,7 +153,9 @@ def info() -> dict[str, Any]:
 
 
 def workspace_nbytes(channels: int, vocab_size: int, parameters: int, tokens: int, heads: int) -> dict[str, int]:
-    """Bytes of the workspace that `reserve` would make, and of what libraries and copies have of their own."""
+    """Bytes of the workspace that `reserve` would make, and of what libraries and copies have of their own; ConfigError
+    for heads that are too wide."""
+    attention.check_heads(channels, heads)
     sizes = (module.scratch_nbytes(channels, vocab_size, parameters, tokens, heads) for module in SCRATCH)
     libraries = device.libraries_nbytes()
     if device.attention == "cudnn":

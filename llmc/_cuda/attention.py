@@ -13,6 +13,7 @@ from llmc._cuda.packs import blocks
 from llmc.errors import ConfigError
 
 WIDEST = (64, 128, 256)  # channels of a head that the simple kernels are compiled for, at most
+CUDNN_WIDEST = 128  # channels of a head that cuDNN's backward pass takes on every GPU
 ALIGNED = 16  # bytes; what flash kernels load at a time
 L2_NBYTES = 16 << 20  # keys and values worked on at a time; a smaller L2 (3 to 6 MB on sm_86) costs speed alone
 DECODE_BLOCKS = 1024  # of one launch, at most, where keys are split among blocks; enough to fill a GPU
@@ -80,6 +81,18 @@ def scratch_nbytes(channels: int, vocab_size: int, parameters: int, tokens: int,
     return max(4 * tokens * heads, 4 * DECODE_BLOCKS * (WIDEST[-1] + 2))
 
 
+def check_heads(channels: int, heads: int) -> None:
+    """ConfigError for heads that no kernel takes."""
+    if heads and channels // heads > WIDEST[-1]:
+        detail = f"makes heads of {channels // heads} channels; attention on a GPU takes at most {WIDEST[-1]}"
+        raise ConfigError("num_heads", detail)
+
+
+def _by_cudnn(D: int) -> bool:
+    """Whether cuDNN attends: where it was asked for always, else with the heads that it is known to take."""
+    return device.attention == "cudnn" and (device.attention_asked or (D % 8 == 0 and D <= CUDNN_WIDEST))
+
+
 def _head_size(name: str, C: int, H: int) -> int:
     if H < 1 or C % H:
         raise ValueError(f"{name}: {C} channels do not divide into {H} heads")
@@ -105,7 +118,7 @@ def attention_forward(out: DeviceArray, lse: DeviceArray, qkv: DeviceArray) -> N
     check.expect("qkv", check.cube("qkv", qkv).shape, (B, T, 3 * C))
     check.expect("lse", lse.shape, (B, H, T))
     D = _head_size("lse", C, H)
-    if device.attention == "cudnn":
+    if _by_cudnn(D):
         cudnn.forward(out, lse, qkv)
     elif flash := _flash(D, out, qkv):
         grid = B * H * blocks(T, flash.forward_tiles.own)
@@ -126,7 +139,7 @@ def attention_backward(
     check.expect("dqkv", check.cube("dqkv", dqkv).shape, (B, T, 3 * C))
     check.expect("lse", lse.shape, (B, H, T))
     D = _head_size("lse", C, H)
-    if device.attention == "cudnn":
+    if _by_cudnn(D):
         cudnn.backward(dqkv, dout, qkv, out, lse)
         return
     delta = device.workspace(4 * B * H * T)

@@ -325,6 +325,8 @@ class Kernel:
             code = cubin(self.file, architecture(opened.capability), bf16)
             try:
                 module = opened.functions[key] = opened.cuda.module_from_buffer(code)
+            except opened.cuda.MemoryError:
+                raise  # `device.fault` has the words for it
             except opened.errors as error:
                 raise DeviceError(f"{PLACE}/{self.file}.cu: the driver refuses what was compiled: {error}") from error
         try:

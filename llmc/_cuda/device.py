@@ -35,6 +35,7 @@ storage: np.dtype[Any] = np.dtype(np.float32)  # of activations, weights and the
 dtype = "fp32"  # of matrix products
 gemm = "cublaslt"
 attention = "own"
+attention_asked = False  # whether somebody named it
 
 _opened: _Opened | None = None
 _lost = ""  # why there will be none any more in this process
@@ -213,6 +214,9 @@ def fault(name: str, error: Exception) -> DeviceError:
     global _lost
     opened = handle()
     if opened.capturing or driver.alive():
+        if isinstance(error, opened.cuda.MemoryError) or "out of memory" in str(error):
+            advice = "a smaller batch size or recompute block needs less"
+            return DeviceMemoryError(f"{name}: {error}; {free_memory()}; {advice}")
         return DeviceError(f"{name}: {error}")
     if opened.checks:
         message = f"{name}: the GPU has failed: {error}"
@@ -258,11 +262,7 @@ class Memory:
         try:
             self._allocation = opened.cuda.mem_alloc(max(1, nbytes))
         except opened.cuda.MemoryError as error:
-            free, total = opened.cuda.mem_get_info()
-            raise DeviceMemoryError(
-                f"{purpose}: {_mib(nbytes)} asked for, {_mib(free)} of {_mib(total)} are free on cuda:{opened.index} "
-                f"({opened.name})"
-            ) from error
+            raise DeviceMemoryError(f"{purpose}: {_mib(nbytes)} asked for, {free_memory()}") from error
         self.ptr, self.nbytes = int(self._allocation), nbytes
         self.known: dict[tuple[int, int], tuple[int, int]] = {}  # least and greatest of int32 written from the host
         if nbytes:
@@ -276,6 +276,13 @@ class Memory:
         """Addresses in [start, stop) are written to."""
         for place in [place for place in self.known if place[0] < stop and start < place[1]]:
             del self.known[place]
+
+
+def free_memory() -> str:
+    """How much memory is left, in words."""
+    opened = handle()
+    free, total = opened.cuda.mem_get_info()
+    return f"{_mib(free)} of {_mib(total)} are free on cuda:{opened.index} ({opened.name})"
 
 
 def _mib(nbytes: int) -> str:

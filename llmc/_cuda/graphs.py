@@ -32,8 +32,8 @@ def require(check: Callable[[], None]) -> None:
 class Recording:
     """A function and, from its second call on, its graph.
 
-    A graph belongs to the context it was captured in, and to the workspace of that time; after another `configure` that
-    changed either, the function would have to be recorded anew.
+    A graph belongs to the context it was captured in, and to the workspace and the settings of that time; after a
+    `configure` that changes the settings the function is recorded anew.
     """
 
     def __init__(self, function: Callable[[], None]) -> None:
@@ -44,6 +44,7 @@ class Recording:
         self.nodes = 0  # launches and copies in the graph
         self._ran = False
         self._executable = 0
+        self._settings: Any = None
         self._opened: Any = None
         self._held: Any = None  # the workspace, to which the graph has pointers
 
@@ -54,6 +55,10 @@ class Recording:
         opened = device.handle()
         if opened.recording is not None:
             raise RuntimeError(f"the recording of {self.name} cannot be part of that of {opened.recording.name}")
+        settings = device.storage, device.dtype, device.gemm, device.attention
+        if settings != self._settings:
+            self._drop()
+            self._settings = settings
         if opened.always_checks:
             self._function()
         elif not self._ran:
@@ -110,6 +115,10 @@ class Recording:
             check()
         driver.launch(self._executable, opened.compute.handle)
 
-    def __del__(self) -> None:
+    def _drop(self) -> None:
         if self._executable and self._opened is not None:
             self._opened.discard(functools.partial(driver.destroy_executable, self._executable))
+        self._ran, self._executable, self._held = False, 0, None
+
+    def __del__(self) -> None:
+        self._drop()
