@@ -23,7 +23,7 @@ import report
 from simulate import cpu_info, simulate
 
 from llmc import machine, ops, profiling, results
-from llmc.benchmark import GPU, KernelRow, Settings, gpu_kernels
+from llmc.benchmark import GPU, KernelRow, Settings, gpu_facts, gpu_kernels, kernels_attention
 from llmc.errors import DeviceMemoryError, LlmcError
 
 PEAK_TURNS, PEAK_SECONDS = 5, 0.1
@@ -89,10 +89,11 @@ def rows_of(args: argparse.Namespace, until: float) -> Iterator[KernelRow]:
 def kernels(args: argparse.Namespace, write: Write) -> str:
     """Every op: its rate, and the fraction of the copy's or the product's, measured beside it."""
     until = time.monotonic() + args.seconds - LEAVING
-    facts = machine.facts(cpu_info()) | machine.gpu_facts(ops.load(args.device).info())
+    facts = machine.facts(cpu_info()) | gpu_facts(args.device, DTYPES) | {"attention": kernels_attention(())}
     rows: list[KernelRow] = []
     for row in rows_of(args, until):
         rows.append(row)
+        facts["attention"] = kernels_attention([row.isa for row in rows])
         write({"machine": facts, "rows": [asdict(row) for row in rows]})
     return results.write(rows, facts, "md")
 

@@ -154,7 +154,7 @@ def work_facts() -> Facts:
     simulate()
     packages = ("numpy", "ml_dtypes", "torch", "triton", "pycuda", "nvidia-cudnn-frontend", "cython", "cmake", "pytest")
     return {
-        "cuda": ops.load("cuda").info(),
+        "cuda": ops.load("cuda", dtype="bf16").info(),  # the type that may attend by cuDNN
         "cpu": ops.load("cpu").info(),
         "Python": sys.version.split()[0],
         "packages": {name: machine.installed(name) for name in packages},

@@ -35,7 +35,7 @@ from programs import Settings
 from simulate import cpu_info, simulate
 
 from llmc import loading, machine, memory, ops
-from llmc.benchmark import LEARNING_RATE, RECIPE, flops_per_token
+from llmc.benchmark import LEARNING_RATE, RECIPE, flops_per_token, gpu_facts
 from llmc.errors import LlmcError
 from llmc.gpt2 import parameter_rows, preset
 
@@ -440,7 +440,7 @@ def main() -> None:
         facts = machine.facts(cpu_info(args.threads, required=args.device == "cpu"))
         if args.device != "cpu":
             simulate()
-            facts |= machine.gpu_facts(ops.load(args.device, dtype=args.dtypes[0], attention=args.attention).info())
+            facts |= gpu_facts(args.device, args.dtypes, args.attention)
     except LlmcError as error:
         sys.exit(f"bench: {error}")
     result: dict[str, Any] = {"machine": facts, "recipe": TRAINED, "seed": args.seed, "configurations": []}

@@ -469,7 +469,7 @@ def _bench(args: argparse.Namespace) -> int:
         results.check_plot(args.plot)
     facts = machine.facts(ops.load("cpu", threads=settings.threads).info())
     if settings.gpu:
-        facts |= machine.gpu_facts(ops.load(settings.device).info())
+        facts |= benchmark.gpu_facts(settings.device, settings.dtypes)
 
     def progress(text: str) -> None:
         if sys.stderr.isatty():
@@ -479,6 +479,8 @@ def _bench(args: argparse.Namespace) -> int:
     if not rows:
         raise ConfigError("only", f"no op's name holds {args.only!r}")
     facts["instruction set"] = ", ".join(dict.fromkeys(row.isa for row in rows))
+    if settings.gpu and args.kind == "kernels":
+        facts["attention"] = benchmark.kernels_attention([row.isa for row in rows])
     print(results.write(rows, facts, args.output))
     if args.plot:
         results.plot(rows, facts, args.plot)

@@ -13,7 +13,7 @@ import signal
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -113,6 +113,16 @@ class Settings:
         if not dtypes or (self.isas and not isas):
             return None
         return replace(self, device="cpu", isas=isas, dtypes=dtypes)
+
+
+def gpu_facts(device: str, dtypes: Sequence[str], attention: str | None = None) -> dict[str, Any]:
+    """A GPU's `machine.gpu_facts`.  Whose attention it is depends on the type, so each is asked."""
+    used: dict[str, list[str]] = {}
+    for dtype in dtypes:
+        info = ops.load(device, dtype=dtype, attention=attention).info()
+        used.setdefault(info["attention"], []).append(dtype)
+    named = [name if len(used) == 1 else f"{name} in {' and '.join(types)}" for name, types in used.items()]
+    return machine.gpu_facts(info) | {"attention": ", ".join(named)}
 
 
 def _backend(isa: str | None, threads: int | None, dtype: str) -> Any:
@@ -228,6 +238,11 @@ def _take_turns(case: Case, isas: Sequence[str], settings: Settings, memory: Arr
             spent[isa] += whole
     dtype = case.dtype if case.cost.products else "fp32"
     return [_kernel_row(case, dtype, isa, took[isa], peaks[isa]) for isa in isas]
+
+
+def kernels_attention(isas: Collection[str]) -> str:
+    """Whose attention is in a table of kernels: a column `cuda` is llmc's own, whatever training would use."""
+    return f"own, {CUDNN}" if CUDNN in isas else "own"
 
 
 # ---- kernels of a GPU ------------------------------------------------------------------------------
@@ -547,7 +562,14 @@ def training(settings: Settings, progress: Progress = _silent) -> list[TrainingR
     are in memory together."""
     from llmc.training import TrainConfig, require_memory  # not for who only wants a Program
 
-    if not settings.gpu:
+    if settings.gpu:
+        if other := [isa for isa in settings.isas if isa != GPU]:
+            raise ConfigError("isas", f"{other[0]!r} means nothing to training on {settings.device!r}: leave it out")
+        if settings.threads is not None:
+            raise ConfigError(
+                "threads", f"{settings.threads} means nothing to training on {settings.device!r}: leave it out"
+            )
+    else:
         with _checked(settings):
             pass
     rows: list[TrainingRow] = []

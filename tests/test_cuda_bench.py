@@ -304,6 +304,19 @@ def test_attention_by_cudnn_has_rows_of_its_own(gpu: ModuleType) -> None:
         ("attention_forward", "cuda"), ("attention_forward", "cudnn"), ("attention_backward", "cuda"),
         ("attention_backward", "cudnn"), ("attention_decode", "cuda"), ("zero", "cuda"),
     ]  # fmt: skip
+    assert benchmark.kernels_attention([row.isa for row in rows]) == "own, cudnn"
+    assert benchmark.kernels_attention(["cuda"]) == "own"
+    ops.load("cuda", dtype="fp32")
+
+
+def test_attention_is_that_of_the_types_measured(gpu: ModuleType) -> None:
+    """cuDNN's is in bf16 alone, whatever else is measured first."""
+    if on_device.mode()[0] == "device":
+        pytest.skip("the stand-in computes on the simulated GPU")
+    with cudnn_standin.installed(simulation.load()):
+        told = [benchmark.gpu_facts("cuda", dtypes)["attention"] for dtypes in (("fp32",), ("bf16",), ops.DTYPES)]
+        assert told[:2] == ["own", "cudnn"] and set(told[2].split(", ")) == {"own in fp32 and tf32", "cudnn in bf16"}
+        assert benchmark.gpu_facts("cuda", ("bf16",), "own")["attention"] == "own"
     ops.load("cuda", dtype="fp32")
 
 
@@ -407,6 +420,17 @@ def test_a_gpus_turns(gpu: ModuleType) -> None:
     assert loss > 0 and times[0] == 0 and times == sorted(times)
     still, _, _ = program.turn([7, 7], only_forward=True)
     assert still[0] == still[1]
+
+
+@pytest.mark.parametrize(
+    "words, field", [("--isas avx2", "isas"), ("--isas cuda,avx2", "isas"), ("--threads 1", "threads")]
+)
+def test_training_on_a_gpu_takes_nothing_of_the_cpus(
+    gpu: ModuleType, words: str, field: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, err = run(f"bench training --init tiny --device cuda -B 2 -T 8 {words}", capsys)
+    assert (status, out) == (1, "") and err.startswith(f"llmc: error: {field}: ") and err.count("\n") == 1
+    assert "means nothing to training on 'cuda'" in err
 
 
 @pytest.mark.heavy
