@@ -34,11 +34,10 @@ def _gpu() -> str:
     try:
         opened = device.handle()
         major, minor = opened.capability
-        known = opened.driver_version
         free, total = device.memory()
         return (
             f"{opened.name}, compute capability {major}.{minor}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free, "
-            f"driver for CUDA {known // 1000}.{known % 1000 // 10}"
+            f"driver for CUDA {gpu.cuda_version(opened.driver_version)}"
         )
     finally:
         if not was_open:
