@@ -74,7 +74,7 @@ class Ops(Protocol):
 
         `channels` is the widest normalised row (C), `vocab_size` the head's Vp, `parameters` the number of elements
         `global_norm` will be given, `tokens` the most tokens (B T) of a call, `heads` H.  Calling it again enlarges
-        the workspace, never shrinks it.
+        the workspace, never shrinks it.  ConfigError for heads of C/H channels that no kernel takes.
         """
 
     def workspace_nbytes(

@@ -30,7 +30,7 @@ from test_philox import bound as normal_bound
 from llmc._cuda import device, embed, head, norm, optimizer
 
 SMALLEST = 2.0**-134  # half the smallest denormal bf16
-WORKSPACE = {"channels": 5000, "vocab_size": 512, "parameters": 1 << 20, "tokens": 1 << 14, "heads": 8}
+WORKSPACE = {"channels": 5000, "vocab_size": 512, "parameters": 1 << 20, "tokens": 1 << 14, "heads": 32}
 
 # Beside each other: scalars' and packs' kernels; one warp, several, and a row too wide to be held.
 WIDTHS = [1, 2, 7, 8, 9, 16, 17, 64, 65, 128, 136, 257, 264, 768, 776, 1024, 1536, 1544, 3080]
