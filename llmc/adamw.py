@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from functools import partial
 
 from llmc.arena import Arena, Array, Row, spans
 from llmc.ops import Ops
@@ -46,8 +47,7 @@ class AdamW:
         self._state = Arena(STATE, ops.empty)
         self._loss = self._state.norm if loss is None else loss
         self._spans = _merged([(start, stop, weight_decay if row.decay else 0.0) for row, start, stop in spans(rows)])
-        itself = weakref.proxy(self)
-        self._replay = ops.record(lambda: AdamW._update(itself))
+        self._replay = ops.record(partial(AdamW._update, weakref.proxy(self)))  # named in the message of a fault
 
     @property
     def norm(self) -> Array:

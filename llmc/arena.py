@@ -57,12 +57,12 @@ class Row(NamedTuple):
 
 def table_nbytes(table: Iterable[Row]) -> int:
     """Bytes that an arena over `table` allocates, alignment included."""
-    return sum(_aligned(row) for row in table)
+    return sum(_aligned(row) * np.dtype(row.dtype).itemsize for row in table)
 
 
 def _aligned(row: Row) -> int:
-    """Bytes that a row takes."""
-    return -(-row.size // ALIGNMENT) * ALIGNMENT * np.dtype(row.dtype).itemsize
+    """Elements that a row takes, padding included."""
+    return -(-row.size // ALIGNMENT) * ALIGNMENT
 
 
 def spans(table: Iterable[Row]) -> Iterator[tuple[Row, int, int]]:
@@ -70,7 +70,7 @@ def spans(table: Iterable[Row]) -> Iterator[tuple[Row, int, int]]:
     `table`."""
     start = 0
     for row in table:
-        stop = start - -row.size // ALIGNMENT * ALIGNMENT
+        stop = start + _aligned(row)
         yield row, start, stop
         start = stop
 
@@ -91,7 +91,7 @@ class Arena:
         for row in self.table:
             raw = self.buffer[offset : offset + row.nbytes]
             self._views[row.name] = raw.view(row.dtype).reshape(row.full_shape)
-            offset += _aligned(row)
+            offset += _aligned(row) * np.dtype(row.dtype).itemsize
         depth = max((row.layers for row in self.table), default=0)
         single = {row.name: self[row.name] for row in self.table if not row.layers}
         self._layers = [
