@@ -5,17 +5,22 @@ first use.  Models call nothing else, and know nothing of devices.
 
 Conventions, said once:
 
-* Letters: B sequences, T tokens each, C channels, H heads, V vocabulary entries, Vp >= V rows in a padded
-  table, L layers.  Activations are `(B, T, C)`; matrices are `(out, in)`; token ids are int32.
+* Letters: B sequences, T tokens each, C channels, H query heads of D channels each, G key-value heads (H is a multiple
+  of G, and G of H/G neighbouring query heads share one), F channels of a gated MLP, V vocabulary entries, Vp >= V rows
+  in a padded table, L layers.  Activations are `(B, T, C)`; matrices are `(out, in)`; token ids are int32.
+* `positions` (B,) int32 holds the place of each sequence's first token.
 * Arrays are NumPy's on the CPU.  A GPU's are its own, and share with NumPy's what models need: `shape`, `dtype`,
   `size`, `nbytes`, `x[i]` and slices, `reshape`, `view`, `x[...] = values` to write and `np.asarray(x)` to read.
 * Activations, weights and their gradients are of one type, `info()["storage"]`: float32, or bfloat16 on a GPU with
   dtype "bf16".  Statistics (mean, rstd, lse, losses) and AdamW's moments are float32, scalars on the device float64.
+* What is not trained has no gradient: `dw`, and with it `db`, may be None.  On a CPU matrices that are not trained may be
+  bfloat16 (`w` of linear layers and of the head, `wte` and `wpe`): they are read once, where they lie, and each of their
+  numbers counts as what it is; all else stays as said above.
 * Arguments come in the order outputs, inputs, saved statistics, parameters, scalars.  `d<x>` is the
   gradient of the loss with respect to `x`.
 * Every array is writable and C-contiguous.  Sizes come from the arrays.  A size may be 0.
 * Parameter gradients are overwritten, or added to where `accumulate` is true; activation gradients are
-  overwritten, except where a branch joins the residual stream (`layernorm_backward`), which adds.
+  overwritten, except where a branch joins the residual stream (`layernorm_backward`, `rmsnorm_backward`), which adds.
 * An output may share memory with an input only where the docstring says so.
 * Shapes, dtypes and token ranges are checked before any work; a violation raises `ValueError` naming the
   argument (`TypeError` for something that is no array), and nothing has been written by then.
@@ -67,18 +72,21 @@ class Ops(Protocol):
         """x = 0, for an array of any shape of float32 or the storage type."""
 
     def copy(self, out: Array, x: Array) -> None:
-        """out = x, rounded to nearest where out's type is the narrower; float32 or the storage type, any shape."""
+        """out = x, rounded to nearest where out's type is the narrower; float32 or bfloat16 (on a GPU the storage type),
+        any shape."""
 
-    def reserve(self, channels: int, vocab_size: int, parameters: int, tokens: int, heads: int) -> None:
+    def reserve(
+        self, channels: int, vocab_size: int, parameters: int, tokens: int, heads: int, head_size: int
+    ) -> None:
         """Make the workspace large enough for a model.
 
         `channels` is the widest normalised row (C), `vocab_size` the head's Vp, `parameters` the number of elements
-        `global_norm` will be given, `tokens` the most tokens (B T) of a call, `heads` H.  Calling it again enlarges
-        the workspace, never shrinks it.  ConfigError for heads of C/H channels that no kernel takes.
+        `global_norm` will be given, `tokens` the most tokens (B T) of a call, `heads` H, `head_size` D.  Calling it
+        again enlarges the workspace, never shrinks it.  ConfigError for a head size that no kernel takes.
         """
 
     def workspace_nbytes(
-        self, channels: int, vocab_size: int, parameters: int, tokens: int, heads: int
+        self, channels: int, vocab_size: int, parameters: int, tokens: int, heads: int, head_size: int
     ) -> dict[str, int]:
         """Bytes of the workspace that `reserve` would make with the same arguments, by part; allocates nothing.
 
@@ -128,21 +136,25 @@ class Ops(Protocol):
 
     # ---- embedding ---------------------------------------------------------------------------------
 
-    def embedding_forward(self, out: Array, tokens: Array, wte: Array, wpe: Array, V: int, position: int) -> None:
-        """out[b,t] = wte[tokens[b,t]] + wpe[position + t].
+    def embedding_forward(
+        self, out: Array, tokens: Array, positions: Array, wte: Array, wpe: Array | None, V: int, scale: float
+    ) -> None:
+        """out[b,t] = scale * wte[tokens[b,t]] + wpe[positions[b] + t], or without the second term.
 
-        out (B,T,C); tokens (B,T) in [0, V); wte (Vp,C) with Vp >= V; wpe (maxT,C) with
-        position + T <= maxT.
+        out (B,T,C); tokens (B,T) in [0, V); positions (B,); wte (Vp,C) with Vp >= V; wpe None or (maxT,C) with
+        positions[b] + T <= maxT.
         """
 
-    def embedding_backward(self, dwte: Array, dwpe: Array, dout: Array, tokens: Array, accumulate: bool) -> None:
-        """dwte[tokens[b,t]] += dout[b,t];  dwpe[t] (+)= sum over b of dout[b,t].
+    def embedding_backward(
+        self, dwte: Array, dwpe: Array | None, dout: Array, tokens: Array, scale: float, accumulate: bool
+    ) -> None:
+        """dwte[tokens[b,t]] += scale * dout[b,t];  dwpe[t] (+)= sum over b of dout[b,t]: positions count from 0.
 
-        dwte always adds (the tied head has written it first); dwpe obeys `accumulate`, and its rows
+        dwte always adds (a tied head has written it first); dwpe, if not None, obeys `accumulate`, and its rows
         from T on are zeroed when it is false.
         """
 
-    # ---- layernorm ---------------------------------------------------------------------------------
+    # ---- norms -------------------------------------------------------------------------------------
 
     def layernorm_forward(
         self, out: Array, mean: Array, rstd: Array, x: Array, w: Array, b: Array, eps: float
@@ -153,10 +165,11 @@ class Ops(Protocol):
         """
 
     def layernorm_backward(
-        self, dx: Array, dw: Array, db: Array, dout: Array, x: Array, mean: Array, rstd: Array, w: Array,
-        accumulate: bool,
+        self, dx: Array, dw: Array | None, db: Array | None, dout: Array, x: Array, mean: Array, rstd: Array,
+        w: Array, accumulate: bool,
     ) -> None:
-        """Gradients of `layernorm_forward`.  dx ADDS: it is the residual stream's gradient."""
+        """Gradients of `layernorm_forward`.  dx ADDS: it is the residual stream's gradient.  dw and db are both arrays
+        or both None."""
 
     def residual_layernorm_forward(
         self, total: Array, out: Array, mean: Array, rstd: Array, x: Array, branch: Array, w: Array, b: Array,
@@ -167,18 +180,66 @@ class Ops(Protocol):
         Its gradient is `layernorm_backward` with dx = the gradient of total, which is that of x and of branch.
         """
 
+    def rmsnorm_forward(self, out: Array, rstd: Array, x: Array, w: Array, eps: float, offset: float) -> None:
+        """out = x * rstd * (offset + w) along the last axis, rstd = 1 / sqrt(mean of x^2 + eps) (Zhang & Sennrich 2019).
+
+        out, x (B,T,C); rstd (B,T); w (C,).  Gemma's weights are meant with offset 1, Llama's with 0.
+        """
+
+    def rmsnorm_backward(
+        self, dx: Array, dw: Array | None, dout: Array, x: Array, rstd: Array, w: Array, offset: float, accumulate: bool
+    ) -> None:
+        """Gradients of `rmsnorm_forward`.  dx ADDS."""
+
+    def residual_rmsnorm_forward(
+        self, total: Array, out: Array, rstd: Array, x: Array, branch: Array, w: Array, eps: float, offset: float
+    ) -> None:
+        """total = x + branch, then `rmsnorm_forward` of total as it is stored.  total may be x or branch."""
+
+    # ---- rotary embedding --------------------------------------------------------------------------
+
+    def rope_forward(self, qkv: Array, positions: Array, table: Array, heads: int) -> None:
+        """Turn the first `heads` heads of each token by the angles of its position, in place (Su et al. 2021).
+
+        qkv (B,T,N); positions (B,); table (maxT,D) float32 with positions[b] + T <= maxT and heads * D <= N: for each
+        position D/2 cosines, then the sines of the same angles.  With c and s those of position positions[b] + t and
+        channel i < D/2, a head's x[i], x[i + D/2] become x[i] c - x[i + D/2] s, x[i + D/2] c + x[i] s: halves are
+        paired, as in Hugging Face's files.
+        """
+
+    def rope_backward(self, dqkv: Array, table: Array, heads: int) -> None:
+        """The gradient of `rope_forward` from position 0 on, in place: turned back by the same angles."""
+
     # ---- linear ------------------------------------------------------------------------------------
 
     def linear_forward(self, out: Array, x: Array, w: Array, b: Array | None) -> None:
         """out = x @ w.T + b.  out (B,T,N); x (B,T,K); w (N,K); b (N,) or None."""
 
     def linear_backward(
-        self, dx: Array, dw: Array, db: Array | None, dout: Array, x: Array, w: Array, accumulate: bool
+        self, dx: Array, dw: Array | None, db: Array | None, dout: Array, x: Array, w: Array, accumulate: bool
     ) -> None:
         """dw (+)= dout.T @ x;  db (+)= sum of dout;  dx = dout @ w.
 
-        dw and db are finished before dx is begun, so dx may be x itself.
+        dw and db are finished before dx is begun, so dx may be x itself.  With dw None db is None.
         """
+
+    def lora_forward(
+        self, out: Array, hidden: Array, x: Array, a: Array, b: Array, scale: float, column: int
+    ) -> None:
+        """hidden = scale * x @ a.T;  out[..., column : column + n] += hidden @ b.T (Hu et al. 2021).
+
+        out (B,T,N) with column + n <= N; hidden (B,T,r); x (B,T,K); a (r,K); b (n,r).
+        """
+
+    def lora_backward(
+        self, da: Array, db: Array, dhidden: Array, dout: Array, hidden: Array, x: Array, b: Array, scale: float,
+        column: int, accumulate: bool,
+    ) -> None:
+        """db (+)= dout[..., column : column + n].T @ hidden;  dhidden = scale * dout[..., column : column + n] @ b;
+        da (+)= dhidden.T @ x.  Shapes as in `lora_forward`; dhidden (B,T,r)."""
+
+    def lora_backward_input(self, dx: Array, dhidden: Array, a: Array) -> None:
+        """dx += dhidden @ a.  dx (B,T,K); dhidden (B,T,r); a (r,K)."""
 
     def linear_gelu_forward(self, out: Array, pre: Array, x: Array, w: Array, b: Array | None) -> None:
         """pre = x @ w.T + b;  out = gelu(pre).  Shapes as in `linear_forward`; both results are kept.
@@ -187,7 +248,8 @@ class Ops(Protocol):
         """
 
     def gelu_linear_backward(
-        self, dpre: Array, dw: Array, db: Array | None, dout: Array, pre: Array, x: Array, w: Array, accumulate: bool
+        self, dpre: Array, dw: Array | None, db: Array | None, dout: Array, pre: Array, x: Array, w: Array,
+        accumulate: bool,
     ) -> None:
         """`linear_backward` of a layer whose input was x = gelu(pre), and on through GELU:
         dpre = (dout @ w) * gelu'(pre).
@@ -210,42 +272,66 @@ class Ops(Protocol):
     def residual_forward(self, out: Array, x: Array, branch: Array) -> None:
         """out = x + branch.  out may be either.  The gradient of both is dout itself: there is no backward."""
 
+    def swiglu_forward(self, out: Array, x: Array) -> None:
+        """out = silu(gate) * up, silu(x) = x / (1 + exp(-x)) (Shazeer 2020).  x (B,T,2F): gate, then up; out (B,T,F)."""
+
+    def swiglu_backward(self, dx: Array, dout: Array, x: Array) -> None:
+        """Gradient of `swiglu_forward`.  dx, x (B,T,2F); dout (B,T,F).  dx may be x."""
+
+    def geglu_forward(self, out: Array, x: Array) -> None:
+        """out = gelu(gate) * up, the tanh form of `gelu_forward` (Shazeer 2020).  Shapes as in `swiglu_forward`."""
+
+    def geglu_backward(self, dx: Array, dout: Array, x: Array) -> None:
+        """Gradient of `geglu_forward`.  Shapes as in `swiglu_backward`; dx may be x."""
+
     # ---- attention ---------------------------------------------------------------------------------
 
-    def attention_forward(self, out: Array, lse: Array, qkv: Array) -> None:
-        """Causal multi-head self-attention; the T x T matrix is never stored.
+    def attention_forward(
+        self, out: Array, lse: Array, qkv: Array, scale: float, window: int, softcap: float
+    ) -> None:
+        """Causal grouped-query self-attention (Ainslie et al. 2023); the T x T matrix is never stored.
 
-        out (B,T,C); lse (B,H,T), the log of each row's softmax denominator; qkv (B,T,3C): queries, keys
-        and values one after another, each H heads of C/H channels.  Scores are scaled by 1/sqrt(C/H).
+        out (B,T,H D); lse (B,H,T), the log of each row's softmax denominator; qkv (B,T,(H + 2 G) D): queries, keys
+        and values one after another, H, G and G heads of D channels each.  Scores are q . k times `scale`; with
+        softcap > 0 then softcap * tanh(score / softcap) (Gemma 2).  With window > 0 a token sees itself and the
+        window - 1 tokens before it (Mistral), else all before it.
         """
 
-    def attention_backward(self, dqkv: Array, dout: Array, qkv: Array, out: Array, lse: Array) -> None:
+    def attention_backward(
+        self, dqkv: Array, dout: Array, qkv: Array, out: Array, lse: Array, scale: float, window: int, softcap: float
+    ) -> None:
         """Gradient of `attention_forward` with respect to qkv, probabilities rebuilt from lse (Dao et al. 2022)."""
 
-    def attention_decode(self, out: Array, keys: Array, values: Array, qkv: Array, H: int, position: int) -> None:
+    def attention_decode(
+        self, out: Array, keys: Array, values: Array, qkv: Array, positions: Array, H: int, scale: float, window: int,
+        softcap: float,
+    ) -> None:
         """Append T tokens to a key-value cache and attend from them.
 
-        keys, values (B,maxT,C) hold `position` tokens; those of qkv (B,T,3C) are written after them; then
-        out (B,T,C) is the causal attention of the new tokens over all that went before.
+        keys, values (B,maxT,G D) hold positions[b] tokens of sequence b; those of qkv (B,T,(H + 2 G) D) are written
+        after them; then out (B,T,H D) is the causal attention of the new tokens over all that went before.
         """
 
     # ---- head --------------------------------------------------------------------------------------
 
     def head_loss(
         self, losses: Array, dx: Array | None, dw: Array | None, x: Array, w: Array, targets: Array, V: int,
-        scale: float, accumulate: bool,
+        scale: float, softcap: float, accumulate: bool,
     ) -> None:
-        """losses[b,t] = -log softmax(x[b,t] @ w[:V].T)[targets[b,t]], and with dx and dw also the gradients of
-        scale * sum(losses).
+        """losses[b,t] = -log softmax(logits[b,t])[targets[b,t]], logits as in `head_logits`, and with dx also the
+        gradients of scale * sum(losses).
 
         Tokens are taken in chunks, so logits never exist for the whole batch and the head's GEMM is computed once.
         losses (B,T); x, dx (B,T,C); w, dw (Vp,C); targets (B,T) in [0, V).  Rows of w from V on take no part, but must
-        be finite: a GPU multiplies them by 0.  dx may be x; rows of dw from V on are zeroed unless `accumulate`.  dx
-        and dw are both arrays or both None.
+        be finite: a GPU multiplies them by 0.  dx may be x; rows of dw from V on are zeroed unless `accumulate`.
+        Without dx there is no dw.
         """
 
-    def head_logits(self, logits: Array, x: Array, w: Array, V: int) -> None:
-        """logits = x @ w[:V].T.  logits (B,T,V); x (B,T,C); w (Vp,C)."""
+    def head_logits(self, logits: Array, x: Array, w: Array, V: int, softcap: float) -> None:
+        """logits = x @ w[:V].T, with softcap > 0 then softcap * tanh(logits / softcap).
+
+        logits (B,T,V); x (B,T,C); w (Vp,C).
+        """
 
     def sum_losses(self, total: Array, losses: Array, scale: float, accumulate: bool) -> None:
         """total (+)= scale * sum of losses, in double.  total float64 (1,); losses (B,T)."""

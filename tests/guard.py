@@ -94,13 +94,25 @@ OUTPUTS: dict[str, dict[str, str]] = {
     "layernorm_forward": {"out": "write", "mean": "write", "rstd": "write"},
     "layernorm_backward": {"dx": "update", "dw": "sum", "db": "sum"},
     "residual_layernorm_forward": {"total": "write", "out": "write", "mean": "write", "rstd": "write"},
+    "rmsnorm_forward": {"out": "write", "rstd": "write"},
+    "rmsnorm_backward": {"dx": "update", "dw": "sum"},
+    "residual_rmsnorm_forward": {"total": "write", "out": "write", "rstd": "write"},
+    "rope_forward": {"qkv": "update"},
+    "rope_backward": {"dqkv": "update"},
     "linear_forward": {"out": "write"},
     "linear_backward": {"dx": "write", "dw": "sum", "db": "sum"},
+    "lora_forward": {"out": "update", "hidden": "write"},
+    "lora_backward": {"da": "sum", "db": "sum", "dhidden": "write"},
+    "lora_backward_input": {"dx": "update"},
     "linear_gelu_forward": {"out": "write", "pre": "write"},
     "gelu_linear_backward": {"dpre": "write", "dw": "sum", "db": "sum"},
     "gelu_forward": {"out": "write"},
     "gelu_backward": {"dx": "write"},
     "residual_forward": {"out": "write"},
+    "swiglu_forward": {"out": "write"},
+    "swiglu_backward": {"dx": "write"},
+    "geglu_forward": {"out": "write"},
+    "geglu_backward": {"dx": "write"},
     "attention_forward": {"out": "write", "lse": "write"},
     "attention_backward": {"dqkv": "write"},
     "attention_decode": {"out": "write", "keys": "update", "values": "update"},
@@ -139,7 +151,7 @@ def expect(op: str, arguments: Arguments) -> dict[str, Array]:
 
 
 # Float32 whatever the storage type: statistics, and the optimizer's own.
-STATISTICS = {"mean", "rstd", "lse", "losses", "m", "v"}
+STATISTICS = {"mean", "rstd", "lse", "losses", "m", "v", "table"}
 BF16_UNIT, BF16_TINY = 2.0**-8, 2.0**-134  # the most that rounding to bfloat16 costs: relatively, and of a subnormal
 
 
@@ -246,7 +258,7 @@ def number(*values: float) -> Array:
 
 
 class Sizes(NamedTuple):
-    """The letters of the contract; N is the width of a linear layer's output."""
+    """The letters of the contract; N is the width of a linear layer's output, r the rank of its adapter."""
 
     B: int = 2
     T: int = 3
@@ -256,12 +268,18 @@ class Sizes(NamedTuple):
     V: int = 11
     Vp: int = 16
     maxT: int = 7
+    G: int = 1
+    r: int = 3
 
 
 def example(op: str, rng: Generator, s: Sizes, accumulate: bool = True) -> Arguments:
     """Valid arguments for any op, of the given sizes; outputs hold numbers too."""
     B, T, C, H, N, V = s[:6]
-    token, channels, wide = (B, T), (B, T, C), (B, T, N)
+    token, channels, wide, double = (B, T), (B, T, C), (B, T, N), (B, T, 2 * C)
+    D = C // H
+    heads, cache, scale, window, softcap = (B, T, C + 2 * s.G * D), (B, s.maxT, s.G * D), 0.3, 2, 5.0
+    places = np.full(B, s.maxT - T, np.int32)
+    half, column = D - D % 2, N // 3  # channels that can be turned; where an adapter's part begins
     ids = rng.integers(0, V, token).astype(np.int32)
 
     def new(*shape: int) -> Array:
@@ -269,15 +287,17 @@ def example(op: str, rng: Generator, s: Sizes, accumulate: bool = True) -> Argum
 
     table, positions, matrix, n = (s.Vp, C), (s.maxT, C), (N, C), N * C
     if op == "attention_backward":
-        qkv, out, lse = new(B, T, 3 * C), blank(*channels), blank(B, H, T)
-        reference.attention_forward(out, lse, qkv)
-        return dict(zip(names(op), (new(B, T, 3 * C), new(*channels), qkv, out, lse), strict=True))
+        qkv, out, lse = new(*heads), blank(*channels), blank(B, H, T)
+        reference.attention_forward(out, lse, qkv, scale, window, softcap)
+        return dict(
+            zip(names(op), (new(*heads), new(*channels), qkv, out, lse, scale, window, softcap), strict=True)
+        )
     values: dict[str, Callable[[], tuple[Any, ...]]] = {
         "zero": lambda: (new(*channels),),
         "copy": lambda: (new(*channels), new(*channels)),
         "normal": lambda: (new(*channels), 3, 5, 0.5),
-        "embedding_forward": lambda: (new(*channels), ids, new(*table), new(*positions), V, s.maxT - T),
-        "embedding_backward": lambda: (new(*table), new(*positions), new(*channels), ids, accumulate),
+        "embedding_forward": lambda: (new(*channels), ids, places, new(*table), new(*positions), V, 1.5),
+        "embedding_backward": lambda: (new(*table), new(*positions), new(*channels), ids, 1.5, accumulate),
         "layernorm_forward": lambda: (
             new(*channels), new(*token), new(*token), new(*channels), new(C), new(C), 1e-5,
         ),
@@ -289,10 +309,27 @@ def example(op: str, rng: Generator, s: Sizes, accumulate: bool = True) -> Argum
             new(*channels), new(*channels), new(*token), new(*token), new(*channels), new(*channels), new(C), new(C),
             1e-5,
         ),
+        "rmsnorm_forward": lambda: (new(*channels), new(*token), new(*channels), new(C), 1e-5, 1.0),
+        "rmsnorm_backward": lambda: (
+            new(*channels), new(C), new(*channels), new(*channels), new(*token), new(C), 1.0, accumulate,
+        ),
+        "residual_rmsnorm_forward": lambda: (
+            new(*channels), new(*channels), new(*token), new(*channels), new(*channels), new(C), 1e-5, 1.0,
+        ),
+        "rope_forward": lambda: (new(*channels), places, new(s.maxT, half), 1),
+        "rope_backward": lambda: (new(*channels), new(s.maxT, half), 1),
         "linear_forward": lambda: (new(*wide), new(*channels), new(*matrix), new(N)),
         "linear_backward": lambda: (
             new(*channels), new(*matrix), new(N), new(*wide), new(*channels), new(*matrix), accumulate,
         ),
+        "lora_forward": lambda: (
+            new(*wide), new(B, T, s.r), new(*channels), new(s.r, C), new(N - column, s.r), 0.5, column,
+        ),
+        "lora_backward": lambda: (
+            new(s.r, C), new(N - column, s.r), new(B, T, s.r), new(*wide), new(B, T, s.r), new(*channels),
+            new(N - column, s.r), 0.5, column, accumulate,
+        ),
+        "lora_backward_input": lambda: (new(*channels), new(B, T, s.r), new(s.r, C)),
         "linear_gelu_forward": lambda: (new(*wide), new(*wide), new(*channels), new(*matrix), new(N)),
         "gelu_linear_backward": lambda: (
             new(*channels), new(*matrix), new(N), new(*wide), new(*channels), new(*channels), new(*matrix), accumulate,
@@ -300,14 +337,18 @@ def example(op: str, rng: Generator, s: Sizes, accumulate: bool = True) -> Argum
         "gelu_forward": lambda: (new(*channels), new(*channels)),
         "gelu_backward": lambda: (new(*channels), new(*channels), new(*channels)),
         "residual_forward": lambda: (new(*channels), new(*channels), new(*channels)),
-        "attention_forward": lambda: (new(*channels), new(B, H, T), new(B, T, 3 * C)),
+        "swiglu_forward": lambda: (new(*channels), new(*double)),
+        "swiglu_backward": lambda: (new(*double), new(*channels), new(*double)),
+        "geglu_forward": lambda: (new(*channels), new(*double)),
+        "geglu_backward": lambda: (new(*double), new(*channels), new(*double)),
+        "attention_forward": lambda: (new(*channels), new(B, H, T), new(*heads), scale, window, softcap),
         "attention_decode": lambda: (
-            new(*channels), new(B, s.maxT, C), new(B, s.maxT, C), new(B, T, 3 * C), H, s.maxT - T,
+            new(*channels), new(*cache), new(*cache), new(*heads), places, H, scale, window, softcap,
         ),
         "head_loss": lambda: (
-            new(*token), new(*channels), new(*table), new(*channels), new(*table), ids, V, 0.5, accumulate,
+            new(*token), new(*channels), new(*table), new(*channels), new(*table), ids, V, 0.5, 30.0, accumulate,
         ),
-        "head_logits": lambda: (new(B, T, V), new(*channels), new(*table), V),
+        "head_logits": lambda: (new(B, T, V), new(*channels), new(*table), V, 30.0),
         "sum_losses": lambda: (number(2.5), new(*token), 0.5, accumulate),
         "global_norm": lambda: (number(1.5), new(*channels)),
         "clip_scale": lambda: (number(1.5), number(4.0), number(3.0), 1.0),

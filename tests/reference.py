@@ -54,11 +54,13 @@ def copy(out: Array, x: Array) -> None:
     out[...] = x
 
 
-def reserve(channels: int, vocab_size: int, parameters: int, tokens: int, heads: int) -> None:
+def reserve(channels: int, vocab_size: int, parameters: int, tokens: int, heads: int, head_size: int) -> None:
     pass
 
 
-def workspace_nbytes(channels: int, vocab_size: int, parameters: int, tokens: int, heads: int) -> dict[str, int]:
+def workspace_nbytes(
+    channels: int, vocab_size: int, parameters: int, tokens: int, heads: int, head_size: int
+) -> dict[str, int]:
     return {"shared": 0, "threads": 0}
 
 
@@ -127,22 +129,32 @@ def normal(out: Array, seed: int, stream: int, std: float) -> None:
 # ---- embedding -------------------------------------------------------------------------------------
 
 
-def embedding_forward(out: Array, tokens: Array, wte: Array, wpe: Array, V: int, position: int) -> None:
-    T = tokens.shape[1]
-    out[...] = f64(wte[tokens]) + f64(wpe[position : position + T])
+def _places(positions: Array, T: int) -> Array:
+    """(B,T): the place of every token."""
+    return positions[:, None] + np.arange(T)
 
 
-def embedding_backward(dwte: Array, dwpe: Array, dout: Array, tokens: Array, accumulate: bool) -> None:
-    T = tokens.shape[1]
+def embedding_forward(
+    out: Array, tokens: Array, positions: Array, wte: Array, wpe: Array | None, V: int, scale: float
+) -> None:
+    out[...] = scale * f64(wte[tokens])
+    if wpe is not None:
+        out[...] = scale * f64(wte[tokens]) + f64(wpe[_places(positions, tokens.shape[1])])
+
+
+def embedding_backward(
+    dwte: Array, dwpe: Array | None, dout: Array, tokens: Array, scale: float, accumulate: bool
+) -> None:
     by_token = np.zeros(dwte.shape)
-    np.add.at(by_token, tokens, f64(dout))
-    by_position = np.zeros(dwpe.shape)
-    by_position[:T] = f64(dout).sum(axis=0)
+    np.add.at(by_token, tokens, scale * f64(dout))
     put(dwte, by_token, True)
-    put(dwpe, by_position, accumulate)
+    if dwpe is not None:
+        by_position = np.zeros(dwpe.shape)
+        by_position[: tokens.shape[1]] = f64(dout).sum(axis=0)
+        put(dwpe, by_position, accumulate)
 
 
-# ---- layernorm -------------------------------------------------------------------------------------
+# ---- norms -----------------------------------------------------------------------------------------
 
 
 def layernorm_forward(
@@ -158,7 +170,7 @@ def layernorm_forward(
 
 
 def layernorm_backward(
-    dx: Array, dw: Array, db: Array, dout: Array, x: Array, mean: Array, rstd: Array, w: Array,
+    dx: Array, dw: Array | None, db: Array | None, dout: Array, x: Array, mean: Array, rstd: Array, w: Array,
     accumulate: bool,
 ) -> None:
     r = f64(rstd)[..., None]
@@ -171,8 +183,9 @@ def layernorm_backward(
     )
     dw_new = (f64(dout) * normed).sum(axis=(0, 1))
     db_new = f64(dout).sum(axis=(0, 1))
-    put(dw, dw_new, accumulate)
-    put(db, db_new, accumulate)
+    if dw is not None and db is not None:
+        put(dw, dw_new, accumulate)
+        put(db, db_new, accumulate)
     put(dx, gradient, True)
 
 
@@ -181,6 +194,56 @@ def residual_layernorm_forward(
 ) -> None:
     total[...] = f64(x) + f64(branch)
     layernorm_forward(out, mean, rstd, total, w, b, eps)
+
+
+def rmsnorm_forward(out: Array, rstd: Array, x: Array, w: Array, eps: float, offset: float) -> None:
+    x = f64(x)
+    r = 1.0 / np.sqrt((x**2).mean(axis=-1) + eps)
+    rstd[...] = r
+    out[...] = x * r[..., None] * (offset + f64(w))
+
+
+def rmsnorm_backward(
+    dx: Array, dw: Array | None, dout: Array, x: Array, rstd: Array, w: Array, offset: float, accumulate: bool
+) -> None:
+    r = f64(rstd)[..., None]
+    normed = f64(x) * r
+    dnormed = f64(dout) * (offset + f64(w))
+    gradient = r * (dnormed - normed * (dnormed * normed).mean(axis=-1, keepdims=True))
+    if dw is not None:
+        put(dw, (f64(dout) * normed).sum(axis=(0, 1)), accumulate)
+    put(dx, gradient, True)
+
+
+def residual_rmsnorm_forward(
+    total: Array, out: Array, rstd: Array, x: Array, branch: Array, w: Array, eps: float, offset: float
+) -> None:
+    total[...] = f64(x) + f64(branch)
+    rmsnorm_forward(out, rstd, total, w, eps, offset)
+
+
+# ---- rotary embedding ------------------------------------------------------------------------------
+
+
+def _turn(qkv: Array, cosines: Array, sines: Array, heads: int) -> None:
+    """The first `heads` heads of (B,T,N) by angles (B,T,D/2)."""
+    half = cosines.shape[-1]
+    turned = f64(qkv[..., : heads * 2 * half]).reshape(*qkv.shape[:2], heads, 2, half)
+    one, two = turned[..., 0, :], turned[..., 1, :]
+    c, s = cosines[:, :, None], sines[:, :, None]
+    result = np.stack([one * c - two * s, two * c + one * s], axis=-2)
+    qkv[..., : heads * 2 * half] = result.reshape(*qkv.shape[:2], heads * 2 * half)
+
+
+def rope_forward(qkv: Array, positions: Array, table: Array, heads: int) -> None:
+    rows = f64(table)[_places(positions, qkv.shape[1])]
+    _turn(qkv, *np.split(rows, 2, axis=-1), heads)
+
+
+def rope_backward(dqkv: Array, table: Array, heads: int) -> None:
+    rows = f64(table)[_places(np.zeros(len(dqkv), np.int64), dqkv.shape[1])]
+    cosines, sines = np.split(rows, 2, axis=-1)
+    _turn(dqkv, cosines, -sines, heads)
 
 
 # ---- linear ----------------------------------------------------------------------------------------
@@ -197,15 +260,38 @@ def linear_forward(out: Array, x: Array, w: Array, b: Array | None) -> None:
 
 
 def linear_backward(
-    dx: Array, dw: Array, db: Array | None, dout: Array, x: Array, w: Array, accumulate: bool
+    dx: Array, dw: Array | None, db: Array | None, dout: Array, x: Array, w: Array, accumulate: bool
 ) -> None:
     dw_new = _rows(dout).T @ _rows(x)
     db_new = _rows(dout).sum(axis=0)
     dx_new = (_rows(dout) @ f64(w)).reshape(dx.shape)
-    put(dw, dw_new, accumulate)
+    if dw is not None:
+        put(dw, dw_new, accumulate)
     if db is not None:
         put(db, db_new, accumulate)
     dx[...] = dx_new
+
+
+def lora_forward(out: Array, hidden: Array, x: Array, a: Array, b: Array, scale: float, column: int) -> None:
+    narrow = scale * _rows(x) @ f64(a).T
+    hidden[...] = narrow.reshape(hidden.shape)
+    part = out[..., column : column + len(b)]
+    part[...] = f64(part) + (narrow @ f64(b).T).reshape(part.shape)
+
+
+def lora_backward(
+    da: Array, db: Array, dhidden: Array, dout: Array, hidden: Array, x: Array, b: Array, scale: float, column: int,
+    accumulate: bool,
+) -> None:
+    part = f64(dout[..., column : column + len(b)]).reshape(-1, len(b))
+    narrow = scale * part @ f64(b)
+    put(db, part.T @ _rows(hidden), accumulate)
+    put(da, narrow.T @ _rows(x), accumulate)
+    dhidden[...] = narrow.reshape(dhidden.shape)
+
+
+def lora_backward_input(dx: Array, dhidden: Array, a: Array) -> None:
+    put(dx, (_rows(dhidden) @ f64(a)).reshape(dx.shape), True)
 
 
 def linear_gelu_forward(out: Array, pre: Array, x: Array, w: Array, b: Array | None) -> None:
@@ -216,7 +302,7 @@ def linear_gelu_forward(out: Array, pre: Array, x: Array, w: Array, b: Array | N
 
 
 def gelu_linear_backward(
-    dpre: Array, dw: Array, db: Array | None, dout: Array, pre: Array, x: Array, w: Array, accumulate: bool
+    dpre: Array, dw: Array | None, db: Array | None, dout: Array, pre: Array, x: Array, w: Array, accumulate: bool
 ) -> None:
     dx = np.empty(dpre.shape)
     linear_backward(dx, dw, db, dout, x, w, accumulate)
@@ -242,26 +328,92 @@ def residual_forward(out: Array, x: Array, branch: Array) -> None:
     out[...] = f64(x) + f64(branch)
 
 
+def _gated(x: Array) -> tuple[Array, Array]:
+    gate, up = np.split(f64(x), 2, axis=-1)
+    return gate, up
+
+
+def _gate_backward(dx: Array, dout: Array, x: Array, value: Array, slope: Array) -> None:
+    _, up = _gated(x)
+    dx[...] = np.concatenate([f64(dout) * up * slope, f64(dout) * value], axis=-1)
+
+
+def _logistic(x: Array) -> Array:
+    return np.where(x < 0, np.exp(np.minimum(x, 0)), 1.0) / (1.0 + np.exp(-np.abs(x)))
+
+
+def swiglu_forward(out: Array, x: Array) -> None:
+    gate, up = _gated(x)
+    out[...] = gate * _logistic(gate) * up
+
+
+def swiglu_backward(dx: Array, dout: Array, x: Array) -> None:
+    gate, _ = _gated(x)
+    s = _logistic(gate)
+    _gate_backward(dx, dout, x, gate * s, s + gate * s * _logistic(-gate))
+
+
+def geglu_forward(out: Array, x: Array) -> None:
+    gate, up = _gated(x)
+    value = np.empty(gate.shape)
+    gelu_forward(value, gate)
+    out[...] = value * up
+
+
+def geglu_backward(dx: Array, dout: Array, x: Array) -> None:
+    gate, _ = _gated(x)
+    value, slope = np.empty(gate.shape), np.empty(gate.shape)
+    gelu_forward(value, gate)
+    gelu_backward(slope, np.ones(gate.shape), gate)
+    _gate_backward(dx, dout, x, value, slope)
+
+
 # ---- attention -------------------------------------------------------------------------------------
 
 
 def _heads(x: Array, H: int) -> Array:
-    """(B,T,C) -> (B,H,T,C/H), float64."""
+    """(B,T,H D) -> (B,H,T,D), float64."""
     B, T, C = x.shape
     return f64(x).reshape(B, T, H, C // H).transpose(0, 2, 1, 3)
 
 
 def _channels(x: Array) -> Array:
-    """(B,H,T,C/H) -> (B,T,C), the inverse of `_heads`."""
+    """(B,H,T,D) -> (B,T,H D), the inverse of `_heads`."""
     B, H, T, width = x.shape
     return x.transpose(0, 2, 1, 3).reshape(B, T, H * width)
 
 
-def _scores(q: Array, k: Array, position: int) -> Array:
-    """Scaled scores of queries at `position`, `position` + 1, ... with keys from 0 on; the future is -inf."""
-    scores = q @ k.swapaxes(-1, -2) / math.sqrt(max(q.shape[-1], 1))
-    future = np.arange(k.shape[2])[None, :] > position + np.arange(q.shape[2])[:, None]
-    return np.where(future, -np.inf, scores)
+def _shared(x: Array, H: int) -> Array:
+    """(B,G,T,D) -> (B,H,T,D): every key-value head as often as query heads share it."""
+    return x.repeat(H // max(x.shape[1], 1), axis=1)
+
+
+def _grouped(x: Array, G: int) -> Array:
+    """(B,H,T,D) -> (B,G,T,D), the gradient of `_shared`."""
+    B, H, T, D = x.shape
+    return x.reshape(B, G, H // G, T, D).sum(axis=2)
+
+
+def _split(qkv: Array, H: int, D: int) -> tuple[Array, Array, Array, int]:
+    """(B,T,(H + 2 G) D) -> queries (B,H,T,D), keys and values (B,G,T,D), G."""
+    G = (qkv.shape[-1] // max(D, 1) - H) // 2
+    q, k, v = np.split(qkv, [H * D, (H + G) * D], axis=-1)
+    return _heads(q, H), _heads(k, G), _heads(v, G), G
+
+
+def _seen(positions: Array, T: int, keys: int, window: int) -> Array:
+    """(B,1,T,keys): whether the token at positions[b] + t sees a key."""
+    ahead = _places(positions, T)[:, None, :, None] - np.arange(keys)
+    return (ahead >= 0) & ((ahead < window) | (window <= 0))
+
+
+def _capped(x: Array, softcap: float) -> Array:
+    return softcap * np.tanh(x / softcap) if softcap > 0 else x
+
+
+def _slope(capped: Array, softcap: float) -> Array:
+    """The derivative of `_capped`, from its value."""
+    return 1.0 - (capped / softcap) ** 2 if softcap > 0 else np.ones(capped.shape)
 
 
 def _logsumexp(x: Array) -> Array:
@@ -272,36 +424,55 @@ def _logsumexp(x: Array) -> Array:
     return largest + np.log(np.exp(x - largest[..., None]).sum(axis=-1))
 
 
-def attention_forward(out: Array, lse: Array, qkv: Array) -> None:
-    H = lse.shape[1]
-    q, k, v = (_heads(part, H) for part in np.split(qkv, 3, axis=-1))
-    scores = _scores(q, k, 0)
+def attention_forward(
+    out: Array, lse: Array, qkv: Array, scale: float, window: int, softcap: float
+) -> None:
+    B, T, H = out.shape[0], out.shape[1], lse.shape[1]
+    q, k, v, _ = _split(qkv, H, out.shape[2] // H)
+    scores = _capped(scale * q @ _shared(k, H).swapaxes(-1, -2), softcap)
+    scores = np.where(_seen(np.zeros(B, np.int64), T, T, window), scores, -np.inf)
     log_denominator = _logsumexp(scores)
-    out[...] = _channels(np.exp(scores - log_denominator[..., None]) @ v)
+    out[...] = _channels(np.exp(scores - log_denominator[..., None]) @ _shared(v, H))
     lse[...] = log_denominator
 
 
-def attention_backward(dqkv: Array, dout: Array, qkv: Array, out: Array, lse: Array) -> None:
-    H = lse.shape[1]
-    q, k, v = (_heads(part, H) for part in np.split(qkv, 3, axis=-1))
-    p = np.exp(_scores(q, k, 0) - f64(lse)[..., None])
+def attention_backward(
+    dqkv: Array, dout: Array, qkv: Array, out: Array, lse: Array, scale: float, window: int, softcap: float
+) -> None:
+    B, T, H = out.shape[0], out.shape[1], lse.shape[1]
+    q, k, v, G = _split(qkv, H, out.shape[2] // H)
+    keys, values = _shared(k, H), _shared(v, H)
+    scores = _capped(scale * q @ keys.swapaxes(-1, -2), softcap)
+    seen = _seen(np.zeros(B, np.int64), T, T, window)
+    p = np.where(seen, np.exp(np.where(seen, scores - f64(lse)[..., None], 0.0)), 0.0)
     do, o = _heads(dout, H), _heads(out, H)
     dv = p.swapaxes(-1, -2) @ do
-    dp = do @ v.swapaxes(-1, -2)
-    ds = p * (dp - (do * o).sum(axis=-1, keepdims=True)) / math.sqrt(max(q.shape[-1], 1))
-    dq = ds @ k
+    dp = do @ values.swapaxes(-1, -2)
+    ds = p * (dp - (do * o).sum(axis=-1, keepdims=True)) * _slope(scores, softcap) * scale
+    dq = ds @ keys
     dk = ds.swapaxes(-1, -2) @ q
-    dqkv[...] = np.concatenate([_channels(dq), _channels(dk), _channels(dv)], axis=-1)
+    parts = (dq, _grouped(dk, G), _grouped(dv, G))
+    dqkv[...] = np.concatenate([_channels(part) for part in parts], axis=-1)
 
 
-def attention_decode(out: Array, keys: Array, values: Array, qkv: Array, H: int, position: int) -> None:
-    q, k, v = np.split(qkv, 3, axis=-1)
-    end = position + qkv.shape[1]
-    keys[:, position:end] = k
-    values[:, position:end] = v
-    scores = _scores(_heads(q, H), _heads(keys[:, :end], H), position)
+def attention_decode(
+    out: Array, keys: Array, values: Array, qkv: Array, positions: Array, H: int, scale: float, window: int,
+    softcap: float,
+) -> None:
+    B, T, D = out.shape[0], out.shape[1], out.shape[2] // H
+    G = keys.shape[2] // max(D, 1)
+    q, k, v = np.split(qkv, [H * D, (H + G) * D], axis=-1)
+    where = (np.arange(B)[:, None], _places(positions, T))
+    keys[where], values[where] = k, v
+    end = int(positions.max(initial=0)) + T
+    seen = _seen(positions, T, end, window)
+    past = seen.any(axis=(1, 2))[:, None, :, None]  # what lies beyond a sequence's tokens may be anything
+    all_keys = _shared(np.where(past, _heads(keys[:, :end], G), 0.0), H)
+    all_values = _shared(np.where(past, _heads(values[:, :end], G), 0.0), H)
+    scores = _capped(scale * _heads(q, H) @ all_keys.swapaxes(-1, -2), softcap)
+    scores = np.where(seen, scores, -np.inf)
     p = np.exp(scores - _logsumexp(scores)[..., None])
-    out[...] = _channels(p @ _heads(values[:, :end], H))
+    out[...] = _channels(p @ all_values)
 
 
 # ---- head ------------------------------------------------------------------------------------------
@@ -309,26 +480,27 @@ def attention_decode(out: Array, keys: Array, values: Array, qkv: Array, H: int,
 
 def head_loss(
     losses: Array, dx: Array | None, dw: Array | None, x: Array, w: Array, targets: Array, V: int,
-    scale: float, accumulate: bool,
+    scale: float, softcap: float, accumulate: bool,
 ) -> None:
     rows, table = _rows(x), f64(w[:V])
-    logits = rows @ table.T
+    logits = _capped(rows @ table.T, softcap)
     log_denominator = _logsumexp(logits)
     tokens, chosen = np.arange(len(rows)), targets.reshape(-1)
     losses[...] = (log_denominator - logits[tokens, chosen]).reshape(losses.shape)
-    if dx is None or dw is None:
+    if dx is None:
         return
     dlogits = np.exp(logits - log_denominator[:, None])
     dlogits[tokens, chosen] -= 1.0
-    dlogits *= scale
-    dw_new = np.zeros(dw.shape)
-    dw_new[:V] = dlogits.T @ rows
-    put(dw, dw_new, accumulate)
+    dlogits *= scale * _slope(logits, softcap)
+    if dw is not None:
+        dw_new = np.zeros(dw.shape)
+        dw_new[:V] = dlogits.T @ rows
+        put(dw, dw_new, accumulate)
     dx[...] = (dlogits @ table).reshape(dx.shape)
 
 
-def head_logits(logits: Array, x: Array, w: Array, V: int) -> None:
-    logits[...] = (_rows(x) @ f64(w[:V]).T).reshape(logits.shape)
+def head_logits(logits: Array, x: Array, w: Array, V: int, softcap: float) -> None:
+    logits[...] = _capped(_rows(x) @ f64(w[:V]).T, softcap).reshape(logits.shape)
 
 
 def sum_losses(total: Array, losses: Array, scale: float, accumulate: bool) -> None:
