@@ -1,4 +1,4 @@
-from libc.stdint cimport uint64_t
+from libc.stdint cimport uint16_t, uint64_t
 
 cdef extern from "simd/kernels.h" nogil:
     enum:
@@ -37,6 +37,10 @@ cdef extern from "simd/kernels.h" nogil:
         void (*add_span)(float *out, const float *a, const float *b, Py_ssize_t n) noexcept nogil
         void (*scale_span)(float *x, float factor, Py_ssize_t n) noexcept nogil
         void (*axpy_span)(float *y, float factor, const float *x, Py_ssize_t n) noexcept nogil
+        void (*axpy_bf16_span)(float *y, float factor, const uint16_t *x, Py_ssize_t n) noexcept nogil
+        void (*widen_span)(float *out, const uint16_t *x, Py_ssize_t n) noexcept nogil
+        void (*round_span)(uint16_t *out, const float *x, Py_ssize_t n) noexcept nogil
+        void (*softcap_span)(float *x, Py_ssize_t n, float scale, float cap) noexcept nogil
         double (*sumsq_span)(const float *x, Py_ssize_t n) noexcept nogil
         float (*dot_span)(const float *a, const float *b, Py_ssize_t n) noexcept nogil
         void (*adamw_span)(float *w, float *m, float *v, const float *dw, Py_ssize_t n,

@@ -44,6 +44,10 @@ typedef struct Kernels {
     void (*add_span)(float *out, const float *a, const float *b, ptrdiff_t n);
     void (*scale_span)(float *x, float factor, ptrdiff_t n);
     void (*axpy_span)(float *y, float factor, const float *x, ptrdiff_t n);
+    void (*axpy_bf16_span)(float *y, float factor, const uint16_t *x, ptrdiff_t n);
+    void (*widen_span)(float *out, const uint16_t *x, ptrdiff_t n);
+    void (*round_span)(uint16_t *out, const float *x, ptrdiff_t n);
+    void (*softcap_span)(float *x, ptrdiff_t n, float scale, float cap);
     double (*sumsq_span)(const float *x, ptrdiff_t n);
     float (*dot_span)(const float *a, const float *b, ptrdiff_t n);
     void (*adamw_span)(float *w, float *m, float *v, const float *dw, ptrdiff_t n, const AdamW *update);

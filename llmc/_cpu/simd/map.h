@@ -47,6 +47,29 @@ static void axpy_span(float *y, float factor, const float *x, ptrdiff_t n) {
         store_upto(y + i, v_fma(v_set(factor), load_upto(x + i, n - i), load_upto(y + i, n - i)), n - i);
 }
 
+/* y += factor x, x in bf16 */
+static void axpy_bf16_span(float *y, float factor, const uint16_t *x, ptrdiff_t n) {
+    for (ptrdiff_t i = 0; i < n; i += VL)
+        store_upto(y + i, v_fma(v_set(factor), load_bf16_upto(x + i, n - i), load_upto(y + i, n - i)), n - i);
+}
+
+/* bf16 to float, exactly */
+static void widen_span(float *out, const uint16_t *x, ptrdiff_t n) {
+    for (ptrdiff_t i = 0; i < n; i += VL) store_upto(out + i, load_bf16_upto(x + i, n - i), n - i);
+}
+
+/* float to bf16, to nearest, ties to even; NaN stays NaN */
+static void round_span(uint16_t *out, const float *x, ptrdiff_t n) {
+    for (ptrdiff_t i = 0; i < n; i += VL) store_bf16_upto(out + i, load_upto(x + i, n - i), n - i);
+}
+
+/* x = cap tanh(scale x / cap) */
+static void softcap_span(float *x, ptrdiff_t n, float scale, float cap) {
+    vec before = v_set((float)((double)scale / (double)cap)), after = v_set(cap);
+    for (ptrdiff_t i = 0; i < n; i += VL)
+        store_upto(x + i, v_mul(after, v_tanh(v_mul(before, load_upto(x + i, n - i)))), n - i);
+}
+
 /* The sum of squares of a span, in double. */
 static double sumsq_span(const float *x, ptrdiff_t n) {
     vecd even = vd_zero(), odd = vd_zero();

@@ -13,6 +13,8 @@
  *     v_sum v_hmax       across lanes
  *     v_transpose        VL x VL, in place
  *     v_round_bf16       lanes rounded to bf16, ties to even; NaN stays NaN
+ *     v_load_bf16 v_store_bf16       VL bf16 numbers at any 2-byte address, exactly; rounded as by v_round_bf16
+ *     v_load_bf16_n v_store_bf16_n   the first n < VL of them
  *     v_frexp(x, &e)     m in [sqrt(1/2), sqrt(2)) and an integral-valued e with x = m 2^e; x > 0, finite and normal
  *     vd_zero vd_sum vd_sqacc(acc, x)   acc += x*x in double, all lanes of x
  *
@@ -30,7 +32,7 @@
  *     v_pairs(e, o)      pairs (e[i], o[i]), rounded as above
  *     v_pairs_along(f, s)  pairs of neighbours: f[0] f[1], f[2] f[3] ... s[VL-2] s[VL-1]
  *
- * What can be said with these alone (v_exp, v_log, v_sincospi below) is written once, here.
+ * What can be said with these alone (v_exp, v_tanh, v_log, v_sincospi below) is written once, here.
  */
 #ifndef LLMC_VEC_H
 #define LLMC_VEC_H
@@ -60,6 +62,15 @@ ALWAYS_INLINE void store_upto(float *p, vec a, ptrdiff_t n) {
     else
         v_store_n(p, a, n);
 }
+ALWAYS_INLINE vec load_bf16_upto(const uint16_t *p, ptrdiff_t n) {
+    return n >= VL ? v_load_bf16(p) : v_load_bf16_n(p, n);
+}
+ALWAYS_INLINE void store_bf16_upto(uint16_t *p, vec a, ptrdiff_t n) {
+    if (n >= VL)
+        v_store_bf16(p, a);
+    else
+        v_store_bf16_n(p, a, n);
+}
 
 /* e^x within 2 ulp for x in [-87.33, 88.37]: 0 from -87.69 down (so that few denormals are born to slow later
  * products), e^88.37 above, NaN where x is NaN.
@@ -79,6 +90,28 @@ static inline vec v_exp(vec x) {
     q = v_fma(q, r, v_set(5.000000013e-1f));
     vec e = v_fma(v_fma(q, r, v_set(1.0f)), r, v_set(1.0f));
     return v_mul(e, v_exp2i(n));
+}
+
+/* tanh x within 6 units of 2^-24 of its own size, 7 where v_fma rounds twice; NaN where x is NaN.
+ *
+ * tanh x = m / (m + 2) with m = e^2x - 1.  As in v_exp, 2x = n ln2 + r and e^r - 1 = p = r + r^2 q(r), with relative
+ * error of 2 units; m = 2^n p + (2^n - 1) then has 2 for n = 0, where nothing is added, and elsewhere, where |m| is at
+ * least 0.29 and 2^n p at most 0.41 or, for n = 1, 0.59 of it, 3.  An error of m counts 2 / (m + 2) < 2 times, and the
+ * sum and the quotient bring one each.  From |x| = 10 on the result is 1 in float precision. */
+static inline vec v_tanh(vec x) {
+    x = v_min(v_set(20.0f), v_max(v_set(-20.0f), v_add(x, x)));
+    vec n = v_round(v_mul(x, v_set(1.44269504088896341f)));
+    vec r = v_fma(n, v_set(-0.693145751953125f), x);
+    r = v_fma(n, v_set(-1.42860682030941723e-6f), r);
+    vec q = v_set(1.989103060e-4f);
+    q = v_fma(q, r, v_set(1.393368586e-3f));
+    q = v_fma(q, r, v_set(8.333310890e-3f));
+    q = v_fma(q, r, v_set(4.166646460e-2f));
+    q = v_fma(q, r, v_set(1.666666668e-1f));
+    q = v_fma(q, r, v_set(5.000000013e-1f));
+    vec p = v_fma(v_mul(q, r), r, r), power = v_exp2i(n);
+    vec m = v_fma(power, p, v_sub(power, v_set(1.0f)));
+    return v_div(m, v_add(m, v_set(2.0f)));
 }
 
 /* log x within 4 units of 2^-24 of its own size, for x > 0, finite and normal; exactly 0 at 1.

@@ -102,3 +102,23 @@ static inline vec v_round_bf16(vec a) {
     r = _mm256_blendv_epi8(r, quiet, _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)));
     return _mm256_castsi256_ps(_mm256_and_si256(r, _mm256_set1_epi32((int)0xFFFF0000)));
 }
+
+static inline vec v_load_bf16(const uint16_t *p) {
+    __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+static inline void v_store_bf16(uint16_t *p, vec a) {
+    __m256i x = _mm256_srli_epi32(_mm256_castps_si256(v_round_bf16(a)), 16);
+    x = _mm256_permute4x64_epi64(_mm256_packus_epi32(x, x), 0xD8);
+    _mm_storeu_si128((__m128i *)p, _mm256_castsi256_si128(x));
+}
+static inline vec v_load_bf16_n(const uint16_t *p, ptrdiff_t n) {
+    uint16_t some[8] = {0};
+    for (ptrdiff_t i = 0; i < n; i++) some[i] = p[i];
+    return v_load_bf16(some);
+}
+static inline void v_store_bf16_n(uint16_t *p, vec a, ptrdiff_t n) {
+    uint16_t all[8];
+    v_store_bf16(all, a);
+    for (ptrdiff_t i = 0; i < n; i++) p[i] = all[i];
+}

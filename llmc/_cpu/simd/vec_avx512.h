@@ -101,6 +101,21 @@ static inline vec v_round_bf16(vec a) {
     return _mm512_castsi512_ps(_mm512_and_si512(r, _mm512_set1_epi32((int)0xFFFF0000)));
 }
 
+static inline vec v_from_bf16(__m256i a) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(a), 16));
+}
+static inline __m256i v_to_bf16(vec a) {
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(v_round_bf16(a)), 16));
+}
+static inline vec v_load_bf16(const uint16_t *p) { return v_from_bf16(_mm256_loadu_si256((const __m256i *)p)); }
+static inline void v_store_bf16(uint16_t *p, vec a) { _mm256_storeu_si256((__m256i *)p, v_to_bf16(a)); }
+static inline vec v_load_bf16_n(const uint16_t *p, ptrdiff_t n) {
+    return v_from_bf16(_mm256_maskz_loadu_epi16(v_mask(n), p));
+}
+static inline void v_store_bf16_n(uint16_t *p, vec a, ptrdiff_t n) {
+    _mm256_mask_storeu_epi16(p, v_mask(n), v_to_bf16(a));
+}
+
 #if defined(LLMC_ISA_AVX512BF16) || defined(LLMC_ISA_AMX)
 #define HAVE_DOT
 static inline vec v_dot(vec acc, vec a, vec b) {

@@ -89,6 +89,21 @@ static inline vec v_round_bf16(vec a) {
     return vreinterpretq_f32_u32(vandq_u32(r, vdupq_n_u32(0xFFFF0000)));
 }
 
+static inline vec v_load_bf16(const uint16_t *p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
+static inline void v_store_bf16(uint16_t *p, vec a) {
+    vst1_u16(p, vshrn_n_u32(vreinterpretq_u32_f32(v_round_bf16(a)), 16));
+}
+static inline vec v_load_bf16_n(const uint16_t *p, ptrdiff_t n) {
+    uint16_t some[4] = {0};
+    for (ptrdiff_t i = 0; i < n; i++) some[i] = p[i];
+    return v_load_bf16(some);
+}
+static inline void v_store_bf16_n(uint16_t *p, vec a, ptrdiff_t n) {
+    uint16_t all[4];
+    v_store_bf16(all, a);
+    for (ptrdiff_t i = 0; i < n; i++) p[i] = all[i];
+}
+
 #ifdef LLMC_ISA_NEONBF16
 #define HAVE_DOT
 static inline vec v_dot(vec acc, vec a, vec b) {

@@ -74,3 +74,20 @@ static inline vec v_round_bf16(vec a) {
     memcpy(&a, &bits, sizeof a);
     return a;
 }
+
+static inline vec v_load_bf16(const uint16_t *p) {
+    uint32_t bits = (uint32_t)*p << 16;
+    float out;
+    memcpy(&out, &bits, sizeof out);
+    return out;
+}
+static inline void v_store_bf16(uint16_t *p, vec a) {
+    uint32_t bits;
+    a = v_round_bf16(a);
+    memcpy(&bits, &a, sizeof bits);
+    *p = (uint16_t)(bits >> 16);
+}
+static inline vec v_load_bf16_n(const uint16_t *p, ptrdiff_t n) { return n > 0 ? v_load_bf16(p) : 0.0f; }
+static inline void v_store_bf16_n(uint16_t *p, vec a, ptrdiff_t n) {
+    if (n > 0) v_store_bf16(p, a);
+}
