@@ -1,3 +1,11 @@
+from libc.stdint cimport uint16_t
+
+ctypedef struct Weights:  # of a matrix that may be bfloat16
+    char *data
+    bint bf16
+    Py_ssize_t size
+
+cdef Weights weights(str name, object a, int ndim) except *
 cdef float[::1] vector(str name, object a)
 cdef float[:, ::1] matrix(str name, object a)
 cdef float[:, :, ::1] cube(str name, object a)

@@ -4,10 +4,19 @@ import numpy as np
 
 
 cdef object _array(str name, object a, object dtype, int ndim):
-    if not isinstance(a, np.ndarray):
-        raise TypeError(f"{name}: expected a numpy array, got {type(a).__name__}")
+    _is_array(name, a)
     if a.dtype != dtype:
         raise ValueError(f"{name}: expected dtype {np.dtype(dtype)}, got {a.dtype}")
+    return _laid_out(name, a, ndim)
+
+
+cdef int _is_array(str name, object a) except -1:
+    if not isinstance(a, np.ndarray):
+        raise TypeError(f"{name}: expected a numpy array, got {type(a).__name__}")
+    return 0
+
+
+cdef object _laid_out(str name, object a, int ndim):
     if ndim and a.ndim != ndim:
         raise ValueError(f"{name}: expected {ndim} dimensions, got shape {a.shape}")
     if not a.flags.c_contiguous:
@@ -32,6 +41,26 @@ cdef float[:, :, ::1] cube(str name, object a):
 cdef float[::1] flat(str name, object a):
     """Any shape, seen as one vector."""
     return _array(name, a, np.float32, 0).reshape(-1)
+
+
+cdef Weights weights(str name, object a, int ndim) except *:
+    """An array of float32 or bfloat16; of `ndim` dimensions, or of any number where that is 0."""
+    cdef Weights found
+    cdef float[::1] wide
+    cdef uint16_t[::1] narrow
+    _is_array(name, a)
+    found.bf16 = a.dtype.name == "bfloat16"
+    if not found.bf16 and a.dtype != np.float32:
+        raise ValueError(f"{name}: expected dtype float32 or bfloat16, got {a.dtype}")
+    _laid_out(name, a, ndim)
+    found.size = a.size
+    if found.bf16:
+        narrow = a.reshape(-1).view(np.uint16)
+        found.data = <char *> &narrow[0]
+    else:
+        wide = a.reshape(-1)
+        found.data = <char *> &wide[0]
+    return found
 
 
 cdef int[:, ::1] ids(str name, object a):
