@@ -67,6 +67,22 @@ cdef int[:, ::1] ids(str name, object a):
     return _array(name, a, np.int32, 2)
 
 
+cdef int[::1] places(str name, object a, tuple shape):
+    """One for each sequence of an array of `shape` (B, ...)."""
+    cdef int[::1] found = _array(name, a, np.int32, 1)
+    expect(name, a.shape, shape[:1])
+    return found
+
+
+cdef int within(str name, int[::1] places, Py_ssize_t T, Py_ssize_t most, str what) except -1:
+    """T tokens from each place on lie in [0, most)."""
+    cdef Py_ssize_t b
+    for b in range(places.shape[0]):
+        if not 0 <= places[b] <= most - T:
+            raise ValueError(f"{name}: {T} tokens from {places[b]} at [{b}] exceed the {most} {what}")
+    return 0
+
+
 cdef double *scalars(str name, object a, Py_ssize_t n) except NULL:
     """What lies on the device as n float64 numbers."""
     cdef double[::1] view = _array(name, a, np.float64, 1)

@@ -79,4 +79,4 @@ def head_logits(logits, x, w, V):
         raise ValueError(f"V: {V} is outside [1, {w_.shape[0]}], the rows of w")
     check.expect("logits", logits.shape, (*x.shape[:2], vocab))
     with nogil:
-        rows_times_transposed(&logits_[0, 0, 0], &x_[0, 0, 0], &w_[0, 0], NULL, M, vocab, C)
+        rows_times_transposed(&logits_[0, 0, 0], &x_[0, 0, 0], check.Weights(<char *> &w_[0, 0], False, 0), NULL, M, vocab, C)

@@ -10,6 +10,8 @@ cdef extern from "simd/kernels.h" nogil:
     ctypedef void Gemm(float *c, Py_ssize_t ldc, const float *a, Py_ssize_t a_rs, Py_ssize_t a_cs, const float *b,
                        Py_ssize_t b_rs, Py_ssize_t b_cs, Py_ssize_t M, Py_ssize_t N, Py_ssize_t K, int add,
                        const float *bias, float *scratch) noexcept nogil
+    ctypedef void DotRows(float *out, Py_ssize_t ldo, const float *x, Py_ssize_t ldx, Py_ssize_t M, const void *w,
+                          Py_ssize_t ldw, Py_ssize_t K, Py_ssize_t n, const float *bias) noexcept nogil
 
     ctypedef struct Kernels:
         const char *name
@@ -18,8 +20,10 @@ cdef extern from "simd/kernels.h" nogil:
 
         Gemm *gemm
         Gemm *gemm_bf16
-        void (*dot_rows)(float *out, const float *x, const float *w, Py_ssize_t ldw, Py_ssize_t K, Py_ssize_t n,
-                         const float *bias) noexcept nogil
+        DotRows *dot_rows
+        DotRows *dot_rows_bf16
+        void (*mix_rows)(float *out, const float *factor, const float *x, Py_ssize_t ldx, Py_ssize_t rows,
+                         Py_ssize_t n) noexcept nogil
 
         void (*layernorm_row)(float *out, float *mean, float *rstd, const float *x, const float *w, const float *b,
                               Py_ssize_t C, float eps) noexcept nogil
@@ -27,8 +31,8 @@ cdef extern from "simd/kernels.h" nogil:
                                        const float *w, float mean, float rstd, Py_ssize_t C) noexcept nogil
         float (*softmax_block)(float *s, Py_ssize_t n, Py_ssize_t width, float scale, float *m,
                                float *l) noexcept nogil
-        void (*softmax_backward_block)(float *s, float *dp, Py_ssize_t n, Py_ssize_t width, float scale, float lse,
-                                       float delta) noexcept nogil
+        void (*softmax_backward_block)(float *s, float *dp, Py_ssize_t n, Py_ssize_t width, float scale,
+                                       float softcap, float lse, float delta) noexcept nogil
         float (*crossentropy_row)(float *logits, Py_ssize_t V, Py_ssize_t target, float scale,
                                   int train) noexcept nogil
 

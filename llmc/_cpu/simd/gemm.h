@@ -352,24 +352,86 @@ static void gemm_bf16(float *c, ptrdiff_t ldc, const float *a, ptrdiff_t a_rs, p
 #endif
 }
 
-/* out[j] = dot(x, w_j) + bias[j] for n rows w_j of length K, ldw apart: a matrix of one row times a
- * transposed one, where packing would cost more than the product.  Four rows share the loads of x. */
-static void dot_rows(float *out, const float *x, const float *w, ptrdiff_t ldw, ptrdiff_t K, ptrdiff_t n,
-                     const float *bias) {
-    for (ptrdiff_t j = 0; j < n; j += 4) {
-        ptrdiff_t rows = n - j < 4 ? n - j : 4;
-        const float *row[4];
-        for (ptrdiff_t r = 0; r < 4; r++) row[r] = w + (j + (r < rows ? r : 0)) * ldw;
-        vec acc[4] = {v_set(0.0f), v_set(0.0f), v_set(0.0f), v_set(0.0f)};
-        ptrdiff_t k = 0;
-        for (; k + VL <= K; k += VL) {
-            vec xv = v_load(x + k);
-            for (int r = 0; r < 4; r++) acc[r] = v_fma(xv, v_load(row[r] + k), acc[r]);
+/* ---- a row or a few ---------------------------------------------------------------------------------- */
+
+/* M rows of x times n rows of w; the sums of DOT_ROWS x DOT_COLUMNS of them stay in registers. */
+enum { DOT_ROWS = 4, DOT_COLUMNS = 4 };
+
+ALWAYS_INLINE void dot_body(const int m, const int narrow, float *out, ptrdiff_t ldo, const float *x, ptrdiff_t ldx,
+                            const void *w, ptrdiff_t ldw, ptrdiff_t K, ptrdiff_t n, const float *bias) {
+    for (ptrdiff_t j = 0; j < n; j += DOT_COLUMNS) {
+        ptrdiff_t columns = n - j < DOT_COLUMNS ? n - j : DOT_COLUMNS, at[DOT_COLUMNS];
+        for (ptrdiff_t c = 0; c < DOT_COLUMNS; c++) at[c] = (j + (c < columns ? c : 0)) * ldw;
+        vec acc[DOT_ROWS][DOT_COLUMNS];
+#pragma GCC unroll 4
+        for (int i = 0; i < m; i++)
+#pragma GCC unroll 4
+            for (int c = 0; c < DOT_COLUMNS; c++) acc[i][c] = v_set(0.0f);
+        for (ptrdiff_t k = 0; k < K; k += VL) {
+            vec wv[DOT_COLUMNS];
+#pragma GCC unroll 4
+            for (int c = 0; c < DOT_COLUMNS; c++)
+                wv[c] = narrow ? load_bf16_upto((const uint16_t *)w + at[c] + k, K - k)
+                               : load_upto((const float *)w + at[c] + k, K - k);
+#pragma GCC unroll 4
+            for (int i = 0; i < m; i++) {
+                vec xv = load_upto(x + i * ldx + k, K - k);
+#pragma GCC unroll 4
+                for (int c = 0; c < DOT_COLUMNS; c++) acc[i][c] = v_fma(xv, wv[c], acc[i][c]);
+            }
         }
-        if (k < K) {
-            vec xv = v_load_n(x + k, K - k);
-            for (int r = 0; r < 4; r++) acc[r] = v_fma(xv, v_load_n(row[r] + k, K - k), acc[r]);
+#pragma GCC unroll 4
+        for (int i = 0; i < m; i++)
+#pragma GCC unroll 4
+            for (int c = 0; c < DOT_COLUMNS; c++)
+                if (c < columns) out[i * ldo + j + c] = v_sum(acc[i][c]) + (bias ? bias[j + c] : 0.0f);
+    }
+}
+
+ALWAYS_INLINE void dot_any(const int narrow, float *out, ptrdiff_t ldo, const float *x, ptrdiff_t ldx, ptrdiff_t M,
+                           const void *w, ptrdiff_t ldw, ptrdiff_t K, ptrdiff_t n, const float *bias) {
+    for (; M > 0; M -= DOT_ROWS, out += DOT_ROWS * ldo, x += DOT_ROWS * ldx) {
+#define DOT(ROWS)                                                                                                      \
+    case (ROWS):                                                                                                       \
+        dot_body(ROWS, narrow, out, ldo, x, ldx, w, ldw, K, n, bias);                                                  \
+        break;
+        switch (M < DOT_ROWS ? M : DOT_ROWS) {
+            DOT(1)
+            DOT(2)
+            DOT(3)
+            DOT(4)
         }
-        for (ptrdiff_t r = 0; r < rows; r++) out[j + r] = v_sum(acc[r]) + (bias ? bias[j + r] : 0.0f);
+#undef DOT
+    }
+}
+
+/* out[i, j] = dot(x_i, w_j) + bias[j] for M rows x_i and n rows w_j of length K: a matrix of a few rows times a
+ * transposed one, where packing would cost more than the product.  Each w_j is read once for four rows of x, and each
+ * sum is taken in the same order whatever M is. */
+static void dot_rows(float *out, ptrdiff_t ldo, const float *x, ptrdiff_t ldx, ptrdiff_t M, const void *w,
+                     ptrdiff_t ldw, ptrdiff_t K, ptrdiff_t n, const float *bias) {
+    dot_any(0, out, ldo, x, ldx, M, w, ldw, K, n, bias);
+}
+
+/* The same for a w of bf16 numbers, which are widened in registers. */
+static void dot_rows_bf16(float *out, ptrdiff_t ldo, const float *x, ptrdiff_t ldx, ptrdiff_t M, const void *w,
+                          ptrdiff_t ldw, ptrdiff_t K, ptrdiff_t n, const float *bias) {
+    dot_any(1, out, ldo, x, ldx, M, w, ldw, K, n, bias);
+}
+
+/* out += the sum of factor[j] x_j over `rows` rows of n floats, ldx apart */
+static void mix_rows(float *out, const float *factor, const float *x, ptrdiff_t ldx, ptrdiff_t rows, ptrdiff_t n) {
+    ptrdiff_t i = 0;
+    for (; i + 4 * VL <= n; i += 4 * VL) {
+        vec acc[4];
+        for (int q = 0; q < 4; q++) acc[q] = v_load(out + i + q * VL);
+        for (ptrdiff_t j = 0; j < rows; j++)
+            for (int q = 0; q < 4; q++) acc[q] = v_fma(v_set(factor[j]), v_load(x + j * ldx + i + q * VL), acc[q]);
+        for (int q = 0; q < 4; q++) v_store(out + i + q * VL, acc[q]);
+    }
+    for (; i < n; i += VL) {
+        vec acc = load_upto(out + i, n - i);
+        for (ptrdiff_t j = 0; j < rows; j++) acc = v_fma(v_set(factor[j]), load_upto(x + j * ldx + i, n - i), acc);
+        store_upto(out + i, acc, n - i);
     }
 }

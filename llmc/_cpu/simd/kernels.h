@@ -19,6 +19,8 @@ typedef struct AdamW {
 typedef void Gemm(float *c, ptrdiff_t ldc, const float *a, ptrdiff_t a_rs, ptrdiff_t a_cs, const float *b,
                   ptrdiff_t b_rs, ptrdiff_t b_cs, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K, int add, const float *bias,
                   float *scratch);
+typedef void DotRows(float *out, ptrdiff_t ldo, const float *x, ptrdiff_t ldx, ptrdiff_t M, const void *w,
+                     ptrdiff_t ldw, ptrdiff_t K, ptrdiff_t n, const float *bias);
 
 typedef struct Kernels {
     const char *name;
@@ -27,16 +29,16 @@ typedef struct Kernels {
     ptrdiff_t gemm_scratch; /* floats */
 
     Gemm *gemm, *gemm_bf16;
-    void (*dot_rows)(float *out, const float *x, const float *w, ptrdiff_t ldw, ptrdiff_t K, ptrdiff_t n,
-                     const float *bias);
+    DotRows *dot_rows, *dot_rows_bf16;
+    void (*mix_rows)(float *out, const float *factor, const float *x, ptrdiff_t ldx, ptrdiff_t rows, ptrdiff_t n);
 
     void (*layernorm_row)(float *out, float *mean, float *rstd, const float *x, const float *w, const float *b,
                           ptrdiff_t C, float eps);
     void (*layernorm_backward_row)(float *dx, float *dw, float *db, const float *dout, const float *x, const float *w,
                                    float mean, float rstd, ptrdiff_t C);
     float (*softmax_block)(float *s, ptrdiff_t n, ptrdiff_t width, float scale, float *m, float *l);
-    void (*softmax_backward_block)(float *s, float *dp, ptrdiff_t n, ptrdiff_t width, float scale, float lse,
-                                   float delta);
+    void (*softmax_backward_block)(float *s, float *dp, ptrdiff_t n, ptrdiff_t width, float scale, float softcap,
+                                   float lse, float delta);
     float (*crossentropy_row)(float *logits, ptrdiff_t V, ptrdiff_t target, float scale, int train);
 
     void (*gelu_forward_span)(float *out, const float *x, ptrdiff_t n);

@@ -110,14 +110,27 @@ static float softmax_block(float *s, ptrdiff_t n, ptrdiff_t width, float scale, 
     return keep;
 }
 
-/* Backward of one block: with p = e^(scale s - lse), s becomes p and dp becomes p (dp - delta) scale over
- * the first n; both 0 up to `width`. */
-static void softmax_backward_block(float *s, float *dp, ptrdiff_t n, ptrdiff_t width, float scale, float lse,
-                                   float delta) {
-    row_exp(s, n, scale, lse);
-    for (ptrdiff_t i = 0; i < n; i += VL) {
-        vec p = load_upto(s + i, n - i), d = load_upto(dp + i, n - i);
-        store_upto(dp + i, v_mul(v_mul(p, v_set(scale)), v_sub(d, v_set(delta))), n - i);
+/* Backward of one block: with p = e^(scale s - lse), s becomes p and dp becomes p (dp - delta) scale over the first n;
+ * both 0 up to `width`.  With softcap > 0 s are scores that were scaled and capped before: p = e^(s - lse), and dp also
+ * takes the cap's slope, 1 - (s / softcap)^2. */
+static void softmax_backward_block(float *s, float *dp, ptrdiff_t n, ptrdiff_t width, float scale, float softcap,
+                                   float lse, float delta) {
+    if (softcap > 0.0f) {
+        vec part = v_set(1.0f / softcap), one = v_set(1.0f);
+        for (ptrdiff_t i = 0; i < n; i += VL) {
+            vec t = v_mul(load_upto(s + i, n - i), part), slope = v_mul(v_sub(one, t), v_add(one, t));
+            vec d = v_sub(load_upto(dp + i, n - i), v_set(delta));
+            store_upto(dp + i, v_mul(v_mul(d, v_set(scale)), slope), n - i);
+        }
+        row_exp(s, n, 1.0f, lse);
+        for (ptrdiff_t i = 0; i < n; i += VL)
+            store_upto(dp + i, v_mul(load_upto(s + i, n - i), load_upto(dp + i, n - i)), n - i);
+    } else {
+        row_exp(s, n, scale, lse);
+        for (ptrdiff_t i = 0; i < n; i += VL) {
+            vec p = load_upto(s + i, n - i), d = load_upto(dp + i, n - i);
+            store_upto(dp + i, v_mul(v_mul(p, v_set(scale)), v_sub(d, v_set(delta))), n - i);
+        }
     }
     for (ptrdiff_t i = n; i < width; i++) s[i] = dp[i] = 0.0f;
 }
