@@ -163,11 +163,11 @@ class Model:
     `dtype` is the type of weights, gradients and activations, by default what the backend stores.  Where that is
     bfloat16, `params` are float32 masters, unless `masters` is false: what is trained, read from files and saved.
     `weights` are what the layers read: `params` themselves, or their copies rounded to nearest, which `refresh` makes
-    after others have written to `params`.  With `narrow`, on a CPU, matrices are kept in bfloat16 and cannot be trained.
+    after others have written to `params`.  With `narrow`, on a CPU, matrices are kept in bfloat16, and are not trained.
 
     `frozen` models, which `narrow` ones are, have no gradients of their own: `backward` is there for what `ops` adds to
-    the layers.  `recompute` is the mode that `prepare` was given.  `tokenizer` is the caller's to set, or to promise
-    with `tokenizer_later`; the model ignores it.
+    the layers, which are its `adapters` (lora.py).  `recompute` is the mode that `prepare` was given.  `tokenizer` is
+    the caller's to set, or to promise with `tokenizer_later`; the model ignores it.
     """
 
     def __init__(
@@ -178,6 +178,7 @@ class Model:
         self.recompute = "none"
         self.frozen = narrow
         self.tokenizer = None
+        self.adapters: Any = None
         self._replays: dict[tuple[Any, ...], Callable[[], None]] = {}
         self.ops = ops
         rows = config.parameter_rows(self.dtype)
@@ -257,6 +258,8 @@ class Model:
             self._forget()
         self._activations(B, T)
         self._gradients()
+        if self.adapters is not None:
+            self.adapters.prepare(B * T)
 
     def _activations(self, B: int, T: int) -> Arena:
         if self.acts is None or self.acts.losses.shape != (B, T):
@@ -286,7 +289,8 @@ class Model:
         """Bytes of the arenas that exist now; the backend's workspace and key-value caches are not counted."""
         copies = None if self.weights is self.params else self.weights
         arenas = (self.params, copies, self.grads, self.acts, self._scratch)
-        return sum(arena.nbytes for arena in arenas if arena is not None)
+        own = sum(arena.nbytes for arena in arenas if arena is not None)
+        return own + (0 if self.adapters is None else self.adapters.nbytes)
 
     @property
     def losses(self) -> Array:
