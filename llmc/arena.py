@@ -21,6 +21,7 @@ import numpy as np
 
 Array = np.ndarray[Any, Any]
 
+PADDED = ("wte", "head")  # tensors whose first axis is the vocabulary: Vp rows in memory, V in most files
 ALIGNMENT = 64  # elements: 128 bytes of bfloat16, a GPU's cache line; 64 bytes of the narrowest, a CPU's
 
 
@@ -28,9 +29,10 @@ class Row(NamedTuple):
     """One tensor of a table.
 
     `layers` = 0 is a single tensor of shape `shape`; otherwise `layers` of them lie one after another and
-    the tensor's full shape is `(layers, *shape)`.  The last four fields matter for parameters alone:
+    the tensor's full shape is `(layers, *shape)`.  The last three fields matter for parameters alone:
     whether weight decay applies, the name in a Hugging Face file (with `{layer}` where stacked), and
-    whether that file holds the transpose.
+    whether that file holds the transpose.  Where such a file has several tensors for one of ours, `hf_name` is a tuple
+    of (name, rows): they lie one after another along the first axis.
     """
 
     name: str
@@ -38,7 +40,7 @@ class Row(NamedTuple):
     dtype: str = "float32"
     layers: int = 0
     decay: bool = False
-    hf_name: str = ""
+    hf_name: str | tuple[tuple[str, int], ...] = ""
     transpose: bool = False
 
     @property

@@ -25,7 +25,7 @@ from llmc.adamw import AdamW
 from llmc.arena import Array
 from llmc.cases import LEARNING_RATE, RECIPE, Case, cases
 from llmc.errors import ConfigError, LlmcError
-from llmc.gpt2 import Config, preset, workspace
+from llmc.model import Config
 from llmc.ops import DTYPES, Ops
 from llmc.profiling import PEAK_SECONDS, ceiling, is_gpu, measure, products, stream_memory
 
@@ -82,7 +82,7 @@ class Settings:
     def __post_init__(self) -> None:
         if not loading.is_preset(self.init):
             raise ConfigError("init", f"{self.init!r} is no preset with random weights: d12, d2, stories, tiny ...")
-        longest = preset(self.init).max_seq_len
+        longest = loading.preset(self.init).max_seq_len
         for name, values, low, high in (
             ("batch_size", self.batch_sizes, 1, 1 << 20), ("sequence_length", self.sequence_lengths, 1, longest),
             ("warmup", (self.warmup,), 0, 1 << 20), ("repeats", (self.repeats,), 1, 1 << 20),
@@ -188,7 +188,7 @@ def kernels(settings: Settings, progress: Progress = _silent) -> list[KernelRow]
 
 
 def _cpu_kernels(settings: Settings, progress: Progress) -> list[KernelRow]:
-    config = preset(settings.init)
+    config = loading.preset(settings.init)
     rows = []
     with _checked(settings) as backend:
         isas = settings.isas or backend.info()["isas"]
@@ -206,7 +206,7 @@ def _cpu_kernels(settings: Settings, progress: Progress) -> list[KernelRow]:
 
 def _wanted(backend: Any, settings: Settings, config: Config, dtype: str, progress: Progress) -> Iterator[Case]:
     """The cases of all shapes, if the name fits."""
-    backend.reserve(**workspace(config, max(settings.batch_sizes), max(settings.sequence_lengths)))
+    backend.reserve(**config.workspace(max(settings.batch_sizes), max(settings.sequence_lengths)))
     for B, T in itertools.product(settings.batch_sizes, settings.sequence_lengths):
         for case in cases(backend, config, B, T, dtype):
             if any(part in case.op for part in settings.only.split(",")):
@@ -250,7 +250,7 @@ def kernels_attention(isas: Collection[str]) -> str:
 
 def gpu_kernels(settings: Settings, progress: Progress = _silent) -> Iterator[KernelRow]:
     """Every op on the GPU, in each type; what has no products is the same in fp32 and tf32."""
-    config = preset(settings.init)
+    config = loading.preset(settings.init)
     stored: set[str] = set()
     for dtype in settings.dtypes:
         backend: Any = ops.load(settings.device, dtype=dtype)
@@ -356,10 +356,13 @@ class Configuration:
 
 
 def flops_per_token(config: Config, T: int) -> float:
-    """Of a training step's products: 6 N for the N weights that multiply (wte as the head; wpe and vectors do not),
-    and 6 L C T for causal attention, whose scores backward computes once more and which is not counted."""
-    C, L = config.channels, config.num_layers
-    return 6.0 * (config.vocab_size * C + 12 * L * C * C) + 6.0 * L * C * T
+    """Of a training step's products: 6 N for the N weights that multiply (the head and the layers' matrices), and
+    6 L H D T for causal attention without windows, whose scores backward computes once more and which is not
+    counted."""
+    rows = config.parameter_rows()
+    matrices = sum(row.size for row in rows if row.layers and len(row.shape) == 2)
+    attention = config.num_layers * config.num_heads * config.head_size
+    return 6.0 * (config.vocab_size * config.channels + matrices) + 6.0 * attention * T
 
 
 class _Watched:
@@ -543,7 +546,7 @@ class _Process:
         self.process.join()
         c = self.configuration
         steps = [turn.step for turn in self.turns]
-        work = c.B * c.T * flops_per_token(preset(c.init), c.T)
+        work = c.B * c.T * flops_per_token(loading.preset(c.init), c.T)
         parts = zip(*(turn.parts for turn in self.turns), strict=True)
         forward, backward, update = (1e3 * statistics.median(part) for part in parts)
         busy = [turn.busy for turn in self.turns if turn.busy is not None]

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from llmc.arena import Array
 from llmc.errors import ConfigError
-from llmc.gpt2 import GPT2
+from llmc.model import Model
 
 
 class Batches(Protocol):
@@ -20,7 +20,7 @@ class Batches(Protocol):
         """Back to the first batch."""
 
 
-def mean_loss(model: GPT2, data: Batches, batches: int) -> float:
+def mean_loss(model: Model, data: Batches, batches: int) -> float:
     """Mean loss in nats per token over the first `batches` batches of `data`, which is reset before.
 
     Every batch has the same shape, so the mean of the batches' means is the mean over all tokens.
@@ -32,7 +32,7 @@ def mean_loss(model: GPT2, data: Batches, batches: int) -> float:
     return math.fsum(model.loss(*data.next()) for _ in range(batches)) / batches
 
 
-def perplexity(model: GPT2, data: Batches, batches: int) -> float:
+def perplexity(model: Model, data: Batches, batches: int) -> float:
     """exp of `mean_loss`: the number of equally likely tokens that would be as hard to guess."""
     loss = mean_loss(model, data, batches)
     try:

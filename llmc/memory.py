@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from llmc import adamw, gpt2, sampling
+from llmc import adamw, sampling
+from llmc import lora as adapters
 from llmc.arena import table_nbytes
 from llmc.errors import ConfigError
+from llmc.lora import LoRA
+from llmc.model import RECOMPUTE, Config, narrowed
 from llmc.ops import Ops
 
 MIB = 1 << 20
-BACKWARD = ("dresidual",)  # what the backward pass alone needs; the rest of it works in place
 
 
 class Part(NamedTuple):
@@ -42,29 +44,43 @@ class Plan:
 
 
 def plan(
-    config: gpt2.Config, ops: Ops, B: int, T: int, *, dtype: str = "float32", masters: bool = True,
-    recompute: str = "none", sample_length: int = 0, data: int = 0, profile: int = 0,
+    config: Config, ops: Ops, B: int, T: int, *, dtype: str = "float32", masters: bool = True,
+    recompute: str = "none", sample_length: int = 0, data: int = 0, profile: int = 0, lora: LoRA | None = None,
+    narrow: bool = False,
 ) -> Plan:
     """The plan of training on batches of (B, T): arenas of `dtype`, parameters of float32 beside bfloat16 ones where
     there are `masters`, and activations as `recompute` says.
 
     `sample_length` is the number of tokens per sample, 0 for a run that takes none; `data` the bytes of batches
-    and of their order, `profile` those of a profile.  ConfigError as by `gpt2.activation_rows`.
+    and of their order, `profile` those of a profile.  With `lora` adapters are trained in place of the parameters, whose
+    matrices are bfloat16 if `narrow`.  ConfigError as by `Config.activation_rows` and for adapters that the model
+    cannot have.
     """
-    weights = gpt2.parameter_rows(config, dtype)
-    parameters = table_nbytes(weights)
-    full = table_nbytes(adamw.moment_rows(weights))
+    weights = config.parameter_rows(dtype)
+    frozen, scratch_of_adapters, trained = [], 0, weights
+    if lora is not None:
+        parts = adapters.parts_of(weights, lora, dtype)
+        trained = adapters.rows_of(parts)
+        kept = narrowed(weights) if narrow else weights
+        frozen = [Part("frozen parameters", table_nbytes(kept), "in bf16" if narrow or dtype == "bfloat16" else "")]
+        scratch_of_adapters = table_nbytes(adapters.scratch_rows(weights, parts, B * T, dtype))
+    parameters = table_nbytes(trained)
+    full = table_nbytes(adamw.moment_rows(trained))
     kept_twice = masters and dtype == "bfloat16"
-    rows = gpt2.activation_rows(config, B, T, dtype, recompute)
+    rows = config.activation_rows(B, T, dtype, recompute)
     per_layer = sum(row.nbytes // row.layers for row in rows if row.layers)
     kept = per_layer * config.num_layers
-    backward = table_nbytes(row for row in rows if row.name in BACKWARD)
+    backward = table_nbytes(row for row in rows if row.name in config.BACKWARD)
     longest = sampling.longest(config, sample_length) if sample_length else 1
-    workspace = ops.workspace_nbytes(**gpt2.workspace(config, 1, max(B * T, longest)))
+    workspace = ops.workspace_nbytes(**config.workspace(1, max(B * T, longest)))
     cache, scratch = sampling.nbytes(config, sample_length, dtype) if sample_length else (0, 0)
     return Plan(
         (
-            Part("parameters", full if kept_twice else parameters, "float32 masters" if kept_twice else ""),
+            *frozen,
+            Part(
+                "adapters" if lora else "parameters", full if kept_twice else parameters,
+                "float32 masters" if kept_twice else "",
+            ),
             *([Part("weights in bf16", parameters, "what the layers read")] if kept_twice else []),
             Part("gradients", parameters),
             Part("AdamW m", full),
@@ -72,6 +88,7 @@ def plan(
             Part("scalars", table_nbytes(adamw.STATE) + 8, "learning rate, norm, loss"),
             Part("activations, kept", kept, f"{config.num_layers} layers of {per_layer:,}"),
             Part("activations, single", table_nbytes(rows) - kept - backward, "one for all layers"),
+            *([Part("adapters' activations", scratch_of_adapters)] if lora else []),
             Part("backward scratch", backward, "the rest of it overwrites activations"),
             Part("validation", 0, "in the activations"),
             Part("sampling cache", cache, "keys and values" if sample_length else "no samples"),
@@ -192,13 +209,13 @@ def require(
 
     if fits(B, recompute):
         return
-    stronger = list(gpt2.RECOMPUTE)[list(gpt2.RECOMPUTE).index(recompute) + 1 :]
+    stronger = RECOMPUTE[RECOMPUTE.index(recompute) + 1 :]
     advice = [f"recompute {mode}" for mode in stronger if fits(B, mode)][:1]
     if size := largest(recompute):
         advice.append(f"batch_size {size}")
     if not advice and stronger and (size := largest(stronger[-1])):
         advice.append(f"batch_size {size} and recompute {stronger[-1]}")
-    least = make(1, list(gpt2.RECOMPUTE)[-1]).total - held
+    least = make(1, RECOMPUTE[-1]).total - held
     what = f"it would fit with {' or '.join(advice)}" if advice else f"the least it can do with is {mib(least)}"
     raise ConfigError(
         "memory",

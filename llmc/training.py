@@ -19,13 +19,14 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-from llmc import evaluation, gpt2, loading, memory, profiling, recipes, sampling, schedule
+from llmc import evaluation, loading, lora, memory, profiling, recipes, sampling, schedule
 from llmc import ops as contract
 from llmc.adamw import AdamW
 from llmc.arena import Array
 from llmc.data import Shards, find_shards
 from llmc.errors import ConfigError, DivergenceError
-from llmc.gpt2 import GPT2
+from llmc.lora import LoRA
+from llmc.model import RECOMPUTE, Config, Model, check_recompute
 from llmc.ops import DTYPES, Ops
 from llmc.profiling import Profile, Profiled
 from llmc.stories import Stories
@@ -64,7 +65,10 @@ class TrainConfig:
     sample_length: int = 64  # tokens
     overfit: bool = False  # the first batch again and again
     shuffle: bool = False  # the training data's windows in an order drawn from the seed
-    recompute: str = "none"  # what the backward pass makes again, to save memory: a key of gpt2.RECOMPUTE
+    lora_rank: int = 0  # of the adapters that are trained in place of the weights; 0: the weights are trained
+    lora_alpha: float = 16.0  # alpha / rank is what an adapter's output is multiplied by
+    lora_targets: str = "all"  # modules that get one, separated by commas: q_proj,v_proj; all: every matrix of the layers
+    recompute: str = "none"  # what the backward pass makes again, to save memory: one of model.RECOMPUTE
     dtype: str = "fp32"  # of the operands of matrix products: fp32, bf16, or on a GPU tf32
     masters: bool = True  # weights in fp32 beside the bf16 that a GPU computes with; else bf16 rounded stochastically
     device: str = "cpu"  # cpu, cuda, or of several GPUs cuda:1
@@ -81,7 +85,7 @@ class TrainConfig:
             self._at_least(name, 1)
         for name in (
             "total_batch", "lr", "warmup", "final_lr_fraction", "weight_decay", "grad_clip", "beta1", "beta2",
-            "val_every", "sample_every", "threads", "seed",
+            "val_every", "sample_every", "threads", "seed", "lora_rank",
         ):  # fmt: skip
             self._at_least(name, 0)
         self._at_least("steps", -1)
@@ -97,7 +101,7 @@ class TrainConfig:
                 f"{self.batch_size} * {self.sequence_length} = {self.batch_size * self.sequence_length}",
             )
         schedule.check(self.schedule)
-        gpt2.check_recompute(self.recompute)
+        check_recompute(self.recompute)
         if self.dtype not in DTYPES:
             known = ", ".join(DTYPES)
             raise ConfigError("dtype", f"{self.dtype!r} is unknown; choose from {known}")
@@ -105,6 +109,9 @@ class TrainConfig:
             raise ConfigError("seed", f"must be less than 2^64, got {self.seed}")
         if not self.masters and (self.dtype != "bf16" or self.device == "cpu"):
             raise ConfigError("masters", "0 is for bf16 on a GPU; elsewhere weights are fp32 as it is: set it to 1")
+        if self.lora_rank and not self.masters:
+            raise ConfigError("masters", "0 is for training the weights; adapters have masters: set it to 1")
+        self.lora  # noqa: B018  checked before anything is loaded
         if self.val_data and not self.train_data:
             raise ConfigError("val_data", "is given without train_data")
 
@@ -124,6 +131,18 @@ class TrainConfig:
         return TrainConfig(**{**recipes.load(name_or_path, TrainConfig.types()), **changes})
 
     @property
+    def lora(self) -> LoRA | None:
+        """The adapters to train, or None."""
+        targets = tuple(target.strip() for target in self.lora_targets.split(","))
+        return LoRA(self.lora_rank, self.lora_alpha, targets) if self.lora_rank else None
+
+    @property
+    def narrow(self) -> bool:
+        """Whether the weights are not trained and products round them to bfloat16 anyway: on a CPU they are then kept
+        so."""
+        return self.lora_rank > 0 and self.dtype == "bf16"
+
+    @property
     def micro_batches(self) -> int:
         """Forward and backward passes per update."""
         return max(1, self.total_batch // (self.batch_size * self.sequence_length))
@@ -140,8 +159,9 @@ class TrainConfig:
 class Started:
     """The first event: what is about to be trained, on what."""
 
-    model: gpt2.Config
+    model: Config
     parameters: int
+    trained: int  # of them, or of adapters beside them
     activations: int  # numbers kept per forward pass, all tensors together
     activation_bytes: int
     steps: int
@@ -200,7 +220,7 @@ Event = Started | Step | Validation | Sample | Profile | Saved
 
 
 def train(
-    config: TrainConfig | None = None, model: GPT2 | None = None, *, stop: Callable[[], bool] | None = None,
+    config: TrainConfig | None = None, model: Model | None = None, *, stop: Callable[[], bool] | None = None,
     profile: bool = False,
 ) -> Iterator[Event]:
     """Train as `config` says (None: the recipe `stories`), yielding events.
@@ -224,24 +244,30 @@ def train(
     return _run(config, model, stop or (lambda: False), profile)
 
 
-def _run(config: TrainConfig, model: GPT2 | None, stop: Callable[[], bool], profile: bool) -> Iterator[Event]:
+def _run(config: TrainConfig, model: Model | None, stop: Callable[[], bool], profile: bool) -> Iterator[Event]:
     _check_inputs(config)
     if model is not None:
         _require_dtype(config, model)
     require_memory(config, model, profile)
     if model is None:
-        model = loading.load(config.init, ops=_backend(config), seed=config.seed, masters=config.masters)
+        model = loading.load(
+            config.init, ops=_backend(config), seed=config.seed, masters=config.masters and config.lora is None,
+            narrow=config.narrow,
+        )  # fmt: skip
+    if config.lora is not None and model.adapters is None:
+        lora.attach(model, config.lora, config.seed)
     B, T = config.batch_size, config.sequence_length
     if samples := _sample_length(config):  # recordings hold on to the workspace they were made with
-        model.ops.reserve(**gpt2.workspace(model.config, 1, max(B * T, sampling.longest(model.config, samples))))
+        model.ops.reserve(**model.config.workspace(1, max(B * T, sampling.longest(model.config, samples))))
     model.prepare(B, T, config.recompute)
     data, held_out = _open_data(config, model)
     steps = _steps(config, data)
-    assert model.grads is not None and model.acts is not None
+    trained = model if model.adapters is None else model.adapters
+    assert trained.grads is not None and model.acts is not None
     profiled = Profiled(model.ops, steps) if profile else None
     ops = model.ops if profiled is None else cast(Ops, profiled)
     optimizer = AdamW(
-        model.params.table, model.params, model.grads, ops, weights=model.weights, loss=model.total,
+        trained.params.table, trained.params, trained.grads, ops, weights=trained.weights, loss=model.total,
         beta1=config.beta1, beta2=config.beta2, eps=config.eps, weight_decay=config.weight_decay,
         grad_clip=config.grad_clip, seed=config.seed,
     )
@@ -251,6 +277,7 @@ def _run(config: TrainConfig, model: GPT2 | None, stop: Callable[[], bool], prof
         yield Started(
             model=model.config,
             parameters=model.config.num_parameters,
+            trained=sum(row.size for row in trained.params.table) if model.adapters else model.config.num_parameters,
             activations=sum(row.size for row in model.acts.table),
             activation_bytes=model.acts.nbytes,
             steps=steps,
@@ -286,14 +313,14 @@ def _run(config: TrainConfig, model: GPT2 | None, stop: Callable[[], bool], prof
         if profiled is not None and step > 0:
             yield profiled.report()
         if config.out:
-            ops.global_norm(optimizer.norm, model.params.flat)
+            ops.global_norm(optimizer.norm, trained.params.flat)
             _require_finite(float(ops.fetch(optimizer.norm)()[0]), "weights' norm", step, "not saved")
             output.save(model)
             yield Saved(step, config.out)
 
 
 @contextlib.contextmanager
-def _using(model: GPT2, ops: Ops) -> Iterator[None]:
+def _using(model: Model, ops: Ops) -> Iterator[None]:
     before, model.ops = model.ops, ops
     try:
         yield
@@ -330,7 +357,7 @@ class _Update:
 
 
 def _update(
-    config: TrainConfig, model: GPT2, optimizer: AdamW, data: evaluation.Batches, step: int, steps: int
+    config: TrainConfig, model: Model, optimizer: AdamW, data: evaluation.Batches, step: int, steps: int
 ) -> _Update:
     """Update number `step`: gradients of the mean loss over all micro batches, clipped, applied."""
     began = time.perf_counter()
@@ -348,7 +375,7 @@ def _update(
     return _Update(step, lr, began, model.ops.fetch(model.total), model.ops.fetch(optimizer.norm))
 
 
-def _require_dtype(config: TrainConfig, model: GPT2) -> None:
+def _require_dtype(config: TrainConfig, model: Model) -> None:
     """The precision is the process's: a caller who loads another model between two events may have changed it."""
     found = model.ops.info()["dtype"]
     if found != config.dtype:
@@ -356,14 +383,14 @@ def _require_dtype(config: TrainConfig, model: GPT2) -> None:
         raise ConfigError("dtype", f"{detail}: llmc.load(..., dtype={config.dtype!r}) would load a model for it")
 
 
-def _validate(config: TrainConfig, model: GPT2, held_out: Shards | Stories, step: int) -> Validation:
+def _validate(config: TrainConfig, model: Model, held_out: Shards | Stories, step: int) -> Validation:
     batches = min(config.val_batches, held_out.num_batches or config.val_batches)
     loss = evaluation.mean_loss(model, held_out, batches)
     _require_finite(loss, "validation loss", step, "training stopped")
     return Validation(step, loss, held_out.floor(batches) if isinstance(held_out, Stories) else None)
 
 
-def _sample(config: TrainConfig, model: GPT2, step: int) -> Sample:
+def _sample(config: TrainConfig, model: Model, step: int) -> Sample:
     tokens = sampling.generate(model, [], config.sample_length, seed=config.seed + step)
     return Sample(step, model.tokenizer.decode(tokens) if model.tokenizer else "", tuple(tokens))
 
@@ -392,15 +419,16 @@ def memory_of(config: TrainConfig) -> memory.Machine:
     return memory.device(_backend(config))
 
 
-def require_memory(config: TrainConfig, model: GPT2 | None = None, profile: bool = False) -> None:
+def require_memory(config: TrainConfig, model: Model | None = None, profile: bool = False) -> None:
     """ConfigError, saying what would fit, where this machine has less memory available than `train` will take with
     the same arguments."""
     if model is None:
         ops, shape, held, masters = _backend(config), loading.read_config(config.init), 0, config.masters
         dtype = ops.info()["storage"]
     else:
-        ops, shape, dtype, masters = model.ops, model.config, model.dtype, model.weights is not model.params
-        held = model.nbytes + sum(ops.workspace_nbytes(**gpt2.workspace(shape, 1, 1)).values())
+        ops, shape, dtype = model.ops, model.config, model.dtype
+        masters = config.lora is not None or model.weights is not model.params
+        held = model.nbytes + sum(ops.workspace_nbytes(**shape.workspace(1, 1)).values())
 
     def make(B: int, recompute: str) -> memory.Plan:
         smaller = replace(config, batch_size=B, recompute=recompute, total_batch=0)
@@ -411,7 +439,7 @@ def require_memory(config: TrainConfig, model: GPT2 | None = None, profile: bool
 
 
 def _plan(
-    config: TrainConfig, shape: gpt2.Config, ops: contract.Ops, dtype: str, profile: bool, masters: bool
+    config: TrainConfig, shape: Config, ops: contract.Ops, dtype: str, profile: bool, masters: bool
 ) -> memory.Plan:
     B, T = config.batch_size, config.sequence_length
     if config.train_data:
@@ -419,7 +447,8 @@ def _plan(
     else:
         batch, order = Stories.nbytes(B, T)
     return memory.plan(
-        shape, ops, B, T, dtype=dtype, masters=masters, recompute=config.recompute,
+        shape, ops, B, T, dtype=dtype, masters=masters, recompute=config.recompute, lora=config.lora,
+        narrow=config.narrow and dtype == "float32",
         sample_length=_sample_length(config),
         data=2 * batch + order,  # one batch is still held while the next is read
         profile=profiling.memory_nbytes(ops) if profile else 0,
@@ -465,7 +494,7 @@ def _check_inputs(config: TrainConfig) -> None:
             raise ConfigError("out", f"{config.out}: {existing} is not writable")
 
 
-def _open_data(config: TrainConfig, model: GPT2) -> tuple[Shards | Stories, Shards | Stories | None]:
+def _open_data(config: TrainConfig, model: Model) -> tuple[Shards | Stories, Shards | Stories | None]:
     """Training data and, where there is any, validation data."""
     B, T, V = config.batch_size, config.sequence_length, model.config.vocab_size
     if not config.train_data:
@@ -540,5 +569,5 @@ class _Output:
         except OSError as error:
             raise ConfigError("out", f"cannot write {self.metrics.name}: {error.strerror}") from error
 
-    def save(self, model: GPT2) -> None:
+    def save(self, model: Model) -> None:
         loading.save(model, self.config.out, getattr(model.tokenizer, "name", ""))

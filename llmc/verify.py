@@ -43,7 +43,8 @@ from llmc.adamw import AdamW
 from llmc.arena import Array, Row
 from llmc.checkpoint import PathLike
 from llmc.errors import ConfigError, FileFormatError
-from llmc.gpt2 import GPT2, PRESETS
+from llmc.gpt2 import PRESETS
+from llmc.model import Model
 from llmc.ops import Ops
 
 LOSSES = {"random": 2e-6, "perturbed": 5e-5, "trained": 5e-5}
@@ -247,7 +248,7 @@ def verify(
     return report
 
 
-def _train(model: GPT2, state: checkpoint.DebugState, recipe: Recipe, loss: float) -> Iterator[float]:
+def _train(model: Model, state: checkpoint.DebugState, recipe: Recipe, loss: float) -> Iterator[float]:
     """The loss before each update; `loss` and the model's gradients are those of the first."""
     if model.grads is None:
         raise RuntimeError("the model has no gradients yet")
@@ -280,7 +281,7 @@ def _compare_logits(ours: Array, reference: Array, limit: float) -> Check:
     return Check("logits", _ratio(difference, largest), limit, "largest difference / largest |logit|")
 
 
-def _compare_gradients(model: GPT2, state: checkpoint.DebugState, limit: float) -> Iterator[Check]:
+def _compare_gradients(model: Model, state: checkpoint.DebugState, limit: float) -> Iterator[Check]:
     if model.grads is None:
         raise RuntimeError("the model has no gradients yet")
     for row, reference in state.gradients():

@@ -78,6 +78,27 @@ def in_range(name: str, a: DeviceArray, V: int) -> None:
         raise ValueError(f"{name}: id {values[i, j]} at [{i}, {j}] is outside [0, {V})")
 
 
+def places(name: str, a: Any, B: int, T: int, limit: int, what: str) -> DeviceArray:
+    """`a` (B,), int32: where T tokens of each sequence begin, among the `limit` places of `what`, as "rows of wpe".
+
+    Like those of ids, values that are not known are fetched, and a recording asks again.
+    """
+    a = _array(name, a, np.int32, 1)
+    expect(name, a.shape, (B,))
+    graphs.require(lambda: in_places(name, a, T, limit, what))
+    return a
+
+
+def in_places(name: str, a: DeviceArray, T: int, limit: int, what: str) -> None:
+    """ValueError unless T tokens from each of `a` on lie in [0, limit)."""
+    known = a.bounds
+    if a.size == 0 or (known is not None and 0 <= known[0] and known[1] + T <= limit):
+        return
+    for start in np.asarray(a).tolist():
+        if not 0 <= start <= limit - T:
+            raise ValueError(f"{name}: {T} tokens from {start} exceed the {limit} {what}")
+
+
 def expect(name: str, got: tuple[int, ...], want: tuple[int, ...]) -> None:
     """ValueError unless an argument has the shape that others ask for."""
     if got != want:
