@@ -15,10 +15,8 @@ with policy():  # OpenMP's library is loaded here, and reads how its threads sha
     from llmc._cpu.embed import embedding_backward, embedding_forward
     from llmc._cpu.head import head_logits, head_loss, sum_losses
     from llmc._cpu.isa import activate, all_isas, info, isas, resolve_dtype, resolve_isa, resolve_threads
-    from llmc._cpu.linear import (
-        gelu_linear_backward, linear_backward, linear_forward, linear_gelu_forward, lora_backward, lora_backward_input,
-        lora_forward, product,
-    )  # fmt: skip
+    from llmc._cpu.linear import gelu_linear_backward, linear_backward, linear_forward, linear_gelu_forward, product
+    from llmc._cpu.linear import lora_backward, lora_backward_input, lora_forward  # isort: skip
     from llmc._cpu.norm import layernorm_backward, layernorm_forward, residual_layernorm_forward
     from llmc._cpu.optimizer import adamw_step, clip_scale, global_norm
     from llmc._cpu.order import elapsed, fetch, record, stamp
@@ -30,10 +28,10 @@ __all__ = [
     "adamw_step", "all_isas", "attention_backward", "attention_decode", "attention_forward", "clip_scale", "configure",
     "copy", "elapsed", "embedding_backward", "embedding_forward", "empty", "fetch", "gelu_backward", "gelu_forward",
     "gelu_linear_backward", "global_norm", "head_logits", "head_loss", "info", "isas", "layernorm_backward",
-    "layernorm_forward", "linear_backward", "linear_forward", "linear_gelu_forward", "lora_backward", "lora_backward_input",
-    "lora_forward", "measure_dot", "measure_fma",
-    "measure_stream", "memory", "normal", "product", "record", "reserve", "residual_forward",
-    "residual_layernorm_forward", "stamp", "stream_floats", "sum_losses", "workspace_nbytes", "zero",
+    "layernorm_forward", "linear_backward", "linear_forward", "linear_gelu_forward", "lora_backward",
+    "lora_backward_input", "lora_forward", "measure_dot", "measure_fma", "measure_stream", "memory", "normal",
+    "product", "record", "reserve", "residual_forward", "residual_layernorm_forward", "stamp", "stream_floats",
+    "sum_losses", "workspace_nbytes", "zero",
 ]  # fmt: skip
 
 
