@@ -176,7 +176,9 @@ struct Scores {
 };
 
 // Whether a query sees a key: neither a later one nor one before its window.
-__device__ __forceinline__ bool sees(int query, int key, int window) { return (unsigned)(query - key) < (unsigned)window; }
+__device__ __forceinline__ bool sees(int query, int key, int window) {
+    return (unsigned)(query - key) < (unsigned)window;
+}
 
 // ---- forward ----------------------------------------------------------------------------------------------------
 
@@ -507,24 +509,21 @@ __device__ __forceinline__ void decode(floatX *out, floatX *keys, floatX *values
     }
 
 #define BACKWARD(WIDEST, BLOCKS)                                                                                       \
-    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                      \
-        attention_backward_queries_##WIDEST(floatX *dqkv, float *delta, const floatX *dout, const floatX *qkv,         \
-                                            const floatX *out, const float *lse, int T, int H, int G, int heads,       \
-                                            int D, int window, float scale, float softcap) {                           \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_backward_queries_##WIDEST(                 \
+        floatX *dqkv, float *delta, const floatX *dout, const floatX *qkv, const floatX *out, const float *lse, int T, \
+        int H, int G, int heads, int D, int window, float scale, float softcap) {                                      \
         backward_queries<WIDEST>(dqkv, delta, dout, qkv, out, lse, T, H, G, heads, D, window, scale, softcap);         \
     }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                      \
-        attention_backward_keys_##WIDEST(floatX *dqkv, const floatX *dout, const floatX *qkv, const float *lse,        \
-                                         const float *delta, int T, int H, int G, int heads, int D, int window,        \
-                                         float scale, float softcap) {                                                 \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_backward_keys_##WIDEST(                    \
+        floatX *dqkv, const floatX *dout, const floatX *qkv, const float *lse, const float *delta, int T, int H,       \
+        int G, int heads, int D, int window, float scale, float softcap) {                                             \
         backward_keys<WIDEST>(dqkv, dout, qkv, lse, delta, T, H, G, heads, D, window, scale, softcap);                 \
     }
 
 #define DECODE(WIDEST)                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(DECODE_THREADS)                                                       \
-        attention_decode_##WIDEST(floatX *out, floatX *keys, floatX *values, float *partial, const floatX *qkv,        \
-                                  const int *positions, int T, int max_T, int H, int G, int D, int window,             \
-                                  float scale, float softcap) {                                                        \
+    extern "C" __global__ void __launch_bounds__(DECODE_THREADS) attention_decode_##WIDEST(                            \
+        floatX *out, floatX *keys, floatX *values, float *partial, const floatX *qkv, const int *positions, int T,     \
+        int max_T, int H, int G, int D, int window, float scale, float softcap) {                                      \
         decode<WIDEST / WARP>(out, keys, values, partial, qkv, positions, T, max_T, H, G, D, window, scale, softcap);  \
     }
 

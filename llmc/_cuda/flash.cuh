@@ -174,8 +174,8 @@ __device__ __forceinline__ void multiply_add(float (&sum)[M][D / 8][4], const fl
     }
 }
 
-// What a product of a query and a key becomes before it is multiplied by `outer` to be a score: itself or, with SOFTCAP,
-// a tanh, 1 - 2 / (1 + e^2x), which is off by some 2^-22 of 1: for the score as little as that of softcap.
+// What a product of a query and a key becomes before it is multiplied by `outer` to be a score: itself or, with
+// SOFTCAP, a tanh, 1 - 2 / (1 + e^2x), which is off by some 2^-22 of 1: for the score as little as that of softcap.
 struct Scores {
     float inner, outer; // the former times 2 log2(e)
 
@@ -202,8 +202,7 @@ __device__ __forceinline__ float sloped(float p, float squashed) {
 
 // Sets to -inf what a query does not see.  Query minus key is `apart` plus that of rows and columns in the products,
 // of queries by keys or, if `TURNED`, of keys by queries.
-template <bool TURNED, int M, int N>
-__device__ __forceinline__ void mask(float (&s)[M][N][4], int apart, int window) {
+template <bool TURNED, int M, int N> __device__ __forceinline__ void mask(float (&s)[M][N][4], int apart, int window) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     apart += TURNED ? 2 * t - g : g - 2 * t;
 #pragma unroll
@@ -264,8 +263,8 @@ __device__ __forceinline__ Task task(int heads, int group, int ranks) {
 // Reads qkv (B,T,(H + 2 G) D); writes the block's rows of out (B,T,H D) and lse (B,H,T).
 //
 // A running maximum and denominator for each row; sums are rescaled when the maximum grows (Milakov & Gimelshein 2018).
-// exp(outer s - m) is 2^(s c - m c), one fused multiply-add and one instruction, with c = log2(e) outer.  The first tile
-// of a warp is that of its rows' own keys, so that no row ever has seen none.
+// exp(outer s - m) is 2^(s c - m c), one fused multiply-add and one instruction, with c = log2(e) outer.  The first
+// tile of a warp is that of its rows' own keys, so that no row ever has seen none.
 template <int D, int BM, int BN>
 __device__ __forceinline__ void forward(bf16 *out, float *lse, const bf16 *qkv, int T, int H, int G, int heads,
                                         int group, int window, float scale, float softcap) {
@@ -474,8 +473,8 @@ __device__ __forceinline__ void backward_queries(bf16 *dqkv, float *delta, const
 // (B,T,(H + 2 G) D). Both at once, where the registers hold their sums. `heads` is B G.
 template <int D, int BM, int BN, bool KEYS, bool VALUES>
 __device__ __forceinline__ void backward_keys(bf16 *dqkv, const bf16 *dout, const bf16 *qkv, const float *lse,
-                                              const float *delta, int T, int H, int G, int heads, int group,
-                                              int window, float scale, float softcap) {
+                                              const float *delta, int T, int H, int G, int heads, int group, int window,
+                                              float scale, float softcap) {
     constexpr int M = BM / WARPS / 16;
     static_assert(!(SOFTCAP && KEYS && VALUES), "P, or P with the slope: one of them is kept");
     constexpr unsigned OWN = BM * D * 2, OTHER = BN * D * 2, STATISTICS = BN * 4;
