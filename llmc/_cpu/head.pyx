@@ -32,7 +32,7 @@ cdef Py_ssize_t _vocabulary(V, w, Py_ssize_t C) except -1:
 
 cdef float _cap(softcap) except -1:
     if not 0 <= softcap < INFINITY:
-        raise ValueError(f"softcap: must be a number of at least 0, got {softcap}")
+        raise ValueError(f"softcap: must be positive and finite, or 0 for none, got {softcap}")
     return softcap
 
 

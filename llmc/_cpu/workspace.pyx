@@ -8,6 +8,7 @@ partial sums.
 import math
 import mmap
 
+import ml_dtypes  # noqa: F401 - makes NumPy know the name "bfloat16"
 import numpy as np
 
 from llmc._cpu cimport isa
