@@ -6,8 +6,8 @@ A plan is a graph of one node (`sdpa` or `sdpa_backward`) for one shape, with th
 made at the first call of its shape, which is why `graphs.record` calls a function before it captures it: making one
 allocates, and cuDNN may load code.  Queries, keys and values are views of qkv: (B,H,T,D) and (B,G,T,D) with the
 strides of (B,T,H + 2 G,D); nothing is transposed.  H / G neighbouring heads of queries share one of keys and values, as
-cuDNN has it too, which makes the gradients of these for each head of queries, rounds them and adds.  The backward pass is
-asked to be deterministic.
+cuDNN has it too, which makes the gradients of these for each head of queries, rounds them and adds.  The backward pass
+is asked to be deterministic.
 """
 
 from __future__ import annotations
