@@ -15,7 +15,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 from llmc import tokenizer_config
 from llmc.errors import ConfigError, FileFormatError, MissingDependencyError
@@ -37,12 +37,11 @@ class ChatTemplate:
         class Generation(Extension):
             """{% generation %} marks what the model is to learn, which makes no difference to the text."""
 
-            tags: ClassVar = {"generation"}
-
             def parse(self, parser: Any) -> Any:
                 next(parser.stream)
                 return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
+        Generation.tags = {"generation"}
         # The settings for which models' templates are written.
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]

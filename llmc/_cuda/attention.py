@@ -150,11 +150,10 @@ def _scores(scale: float, window: int, softcap: float, longest: int) -> tuple[in
 # ---- which kernels ---------------------------------------------------------------------------------
 
 
-def _by_cudnn(D: int, full: bool) -> bool:
-    """Whether cuDNN attends: never with windows or soft-caps (unless `full`), else where it was asked for, or with the
-    heads that it is known to take."""
-    known = device.attention_asked or (D % 8 == 0 and D <= CUDNN_WIDEST)
-    return device.attention == "cudnn" and full and known
+def _by_cudnn(D: int, plain: bool) -> bool:
+    """Whether cuDNN attends, which is for `plain` attention without window and soft-cap alone: where it was asked for,
+    else with the heads that it is known to take."""
+    return device.attention == "cudnn" and plain and (device.attention_asked or (D % 8 == 0 and D <= CUDNN_WIDEST))
 
 
 def _flash(D: int, softcap: float, *arrays: DeviceArray) -> Flash | None:

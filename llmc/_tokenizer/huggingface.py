@@ -6,6 +6,7 @@ token stands for, so that a text streamed id by id is the text decoded whole.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -31,9 +32,8 @@ class HuggingFaceTokenizer:
         whole = self.path.name == tokenizer_config.TOKENIZER_JSON
         self.name = str(self.path.parent if whole else self.path)
         self._text, spec = _read(self.path)
-        self._ordinary = self._make()
+        self._ordinary = self._make(self._text)
         self._ordinary.encode_special_tokens = True
-        self._special: Any = None  # made when it is needed: a large vocabulary takes half a second
         self._added = {i: token.content for i, token in self._ordinary.get_added_tokens_decoder().items()}
         ids = self._ordinary.get_vocab(with_added_tokens=True).values()
         self.vocab_size = max(ids, default=-1) + 1
@@ -43,7 +43,31 @@ class HuggingFaceTokenizer:
         self._pieces: dict[int, bytes] = {}
         self._config = tokenizer_config.read(self.path.parent)
         self.special, self.add_bos = self._roles()
-        self._lead, self.breaks = self._probe()
+
+    # Further objects are made when they are needed: a large vocabulary takes half a second.
+
+    @functools.cached_property
+    def _special(self) -> Any:
+        """The package's object for which names of special tokens count."""
+        return self._make(self._text)
+
+    @functools.cached_property
+    def _joined(self) -> Any:
+        """The package's object that puts nothing in front of a text."""
+        spec = json.loads(self._text)
+        parts = _without_prefix(spec.get("normalizer")), _without_prefix(spec.get("pre_tokenizer"))
+        if parts == (spec.get("normalizer"), spec.get("pre_tokenizer")):
+            return self._ordinary
+        spec["normalizer"], spec["pre_tokenizer"] = parts
+        made = self._make(json.dumps(spec))
+        made.encode_special_tokens = True
+        return made
+
+    @functools.cached_property
+    def breaks(self) -> str:
+        # Where no token reaches from anything into a space, what is joined within a token lies on one side of it.
+        pieces = map(self._bytes, range(self.vocab_size))
+        return "" if any(b" " in piece.lstrip(b" ") for piece in pieces) else " "
 
     @property
     def eot(self) -> int:
@@ -60,17 +84,14 @@ class HuggingFaceTokenizer:
 
     def encode_special(self, text: str) -> list[int]:
         require_unicode(text)
-        if self._special is None:
-            self._special = self._make()
         return self._special.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str], continued: bool = False) -> list[list[int]]:
         for text in texts:
             require_unicode(text)
-        if continued and self._lead:  # the space put in front is taken away before it comes
-            texts = [text.removeprefix(self._lead) for text in texts]
+        made = self._joined if continued else self._ordinary
         # Unlike `encode`, this lets other threads run meanwhile.
-        return [found.ids for found in self._ordinary.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [found.ids for found in made.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode_bytes(self, ids: Iterable[int], start: bool = False) -> bytes:
         ids = checked(ids, self.vocab_size, self.name)
@@ -87,7 +108,7 @@ class HuggingFaceTokenizer:
 
     # ---- reading ---------------------------------------------------------------------------------------
 
-    def _make(self) -> Any:
+    def _make(self, text: str) -> Any:
         """The package's object; FileFormatError with its reason."""
         try:
             import tokenizers
@@ -96,7 +117,7 @@ class HuggingFaceTokenizer:
         # Threads are llmc's own affair; the package's, beside them, would be too many.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         try:
-            made = tokenizers.Tokenizer.from_str(self._text)
+            made = tokenizers.Tokenizer.from_str(text)
         except BaseException as error:
             # The package raises plain Exception, and for what it did not foresee a PanicException, which is none.
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
@@ -126,20 +147,6 @@ class HuggingFaceTokenizer:
             raise FileFormatError(self._config.where(role), role, f"{name!r} is not in the vocabulary")
         return int(found)
 
-    def _probe(self) -> tuple[str, str]:
-        """What to take from the front of a text that goes on, and in front of what a text may be cut.
-
-        Llama 2's file puts a space in front of any text: there the text's own space makes room for it.  Others put one
-        only where there is none.
-        """
-        bare, spaced = (self._ordinary.encode(text, add_special_tokens=False).ids for text in ("a", " a"))
-        prefixed = b"".join(map(self._piece, bare)).startswith(b" ")
-        # No token reaches from anything into a space, so what is joined within a token lies on one side of it.
-        joined = any(
-            b" " in piece.lstrip(b" ") for piece in map(self._bytes, range(self.vocab_size)) if len(piece) > 1
-        )
-        return " " if prefixed and bare != spaced else "", "" if joined else " "
-
     # ---- tokens ----------------------------------------------------------------------------------------
 
     def _token(self, i: int) -> tuple[str, bool]:
@@ -158,6 +165,22 @@ class HuggingFaceTokenizer:
                 self._pieces.clear()
             found = self._pieces[i] = self._bytes(i)
         return found
+
+
+def _without_prefix(spec: Any) -> Any:
+    """A normalizer or pre-tokenizer that puts no space in front of a text; None where nothing is left of it."""
+    if not isinstance(spec, dict):
+        return spec
+    kind = spec.get("type")
+    if kind == "Sequence":
+        field = "normalizers" if "normalizers" in spec else "pretokenizers"
+        parts = [_without_prefix(part) for part in spec[field]]
+        return spec | {field: [part for part in parts if part is not None]}
+    if kind == "Prepend":
+        return None
+    if kind == "Metaspace":
+        return {key: value for key, value in spec.items() if key != "add_prefix_space"} | {"prepend_scheme": "never"}
+    return spec | {"add_prefix_space": False} if kind == "ByteLevel" else spec
 
 
 def _read(path: Path) -> tuple[str, dict[str, Any]]:

@@ -38,7 +38,7 @@ class SentencePieceTokenizer:
         self._prefixed = str(self._model.id_to_piece(self._model.encode("a")[0])).startswith(SPACE)
         self._config = tokenizer_config.read(self.path.parent)
         added = self._config.added
-        self.vocab_size = max(size, *added, *(i + 1 for i in added)) if added else size
+        self.vocab_size = max(size, *(i + 1 for i in added)) if added else size
         self._tokens = [self._bytes(i) for i in range(size)] + [b""] * (self.vocab_size - size)
         for i in range(size, self.vocab_size):
             if i in added:
@@ -47,8 +47,8 @@ class SentencePieceTokenizer:
         ordinary = {token.content: i for i, token in added.items() if i >= size and not token.special}
         self._later, self._named = ordinary, control | {token.content: i for i, token in added.items()}
         self.special, self.add_bos = self._roles()
-        joined = any(b" " in token.lstrip(b" ") for token in self._tokens if len(token) > 1)
-        self.breaks = "" if joined else " "
+        # Where no token reaches from anything into a space, what is joined within a token lies on one side of it.
+        self.breaks = "" if any(b" " in token.lstrip(b" ") for token in self._tokens) else " "
 
     @property
     def eot(self) -> int:
