@@ -66,6 +66,11 @@ OPTIMISER = (
     Option("beta2", "", float, "X", "AdamW's (0.95)"),
     Option("eps", "", float, "X", "AdamW's (1e-08)"),
 )
+ADAPTERS = (
+    Option("lora_rank", "", int, "N", "train low-rank adapters, and leave the weights; 0: train the weights (0)"),
+    Option("lora_alpha", "", float, "X", "alpha / rank multiplies what an adapter adds (16.0)"),
+    Option("lora_targets", "", str, "A,B", "modules that get one: q_proj,v_proj; all: every matrix of the layers (all)"),
+)
 WATCHING = (
     Option("val_every", "v", int, "N", "updates between validations; 0: never (20)"),
     Option("val_batches", "m", int, "N", "batches per validation (20)"),
@@ -88,6 +93,7 @@ TRAIN_OPTIONS = (
     ("model and data", MODEL_AND_DATA),
     ("batches", BATCHES),
     ("optimiser", OPTIMISER),
+    ("adapters (LoRA)", ADAPTERS),
     ("watching it", WATCHING),
     ("machine", (*MACHINE, MASTERS)),
 )

@@ -9,7 +9,6 @@ import os
 import re
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TextIO
 
 from llmc.errors import LlmcError
@@ -111,8 +110,10 @@ class Display:
     def _started(self, event: Started) -> None:
         config, B, T = self.config, self.config.batch_size, self.config.sequence_length
         self.steps = event.steps
-        rows: dict[str, object] = {"model": config.init, **asdict(event.model)}
+        rows: dict[str, object] = {"model": config.init, **vars(event.model)}
         rows["num_parameters"] = f"{event.parameters:,}"
+        if config.lora_rank:
+            rows["trained"] = f"{event.trained:,} in adapters of rank {config.lora_rank}; the parameters stay"
         rows["num_activations"] = f"{event.activations:,} ({event.activation_bytes / 2**20:.1f} MiB)"
         rows["batch"] = f"{B} x {T} tokens; {event.tokens_per_update:,} tokens per update"
         rows["train batches"] = "unlimited" if event.train_batches is None else f"{event.train_batches:,}"
@@ -122,7 +123,7 @@ class Display:
             rows["val batches"] = "unlimited" if event.val_batches is None else f"{event.val_batches:,}"
         rows["updates"] = f"{event.steps:,}, {config.schedule} learning rate {config.lr:g}"
         backend = event.backend
-        rows["device"] = f"{config.device}, {_computing(backend, event.model.channels // event.model.num_heads)}"
+        rows["device"] = f"{config.device}, {_computing(backend, event.model.head_size)}"
         for name, value in rows.items():
             self.line(f"{name:<16} {value}")
         self.line()

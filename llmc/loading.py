@@ -12,15 +12,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from llmc import checkpoint, hub
+from llmc import checkpoint, gemma, gpt2, hub, llama
 from llmc import ops as contract
 from llmc import tokenizer as tokenizers
 from llmc.arena import Row
 from llmc.checkpoint import Dimensions, PathLike
 from llmc.errors import ConfigError, DownloadError, FileFormatError, MissingDependencyError
-from llmc.gpt2 import GPT2, PRESETS, Config, parameter_rows, preset
+from llmc.model import Config, Model
 from llmc.ops import Ops
 
+PRESETS: dict[str, Config] = {name: config for module in (gpt2, llama, gemma) for name, config in module.PRESETS.items()}
 # As a source, a published model's name means its weights.
 HUB_NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 SAME_ARCHITECTURE = {"gpt2": "d12", "gpt2-medium": "d24", "gpt2-large": "d36", "gpt2-xl": "d48"}
@@ -31,8 +32,8 @@ TOKENIZER_FILE = "tokenizer.bin"
 def load(
     source: PathLike, *, device: str = "cpu", isa: str | None = None, threads: int | None = None,
     dtype: str | None = None, gemm: str | None = None, attention: str | None = None, masters: bool = True,
-    seed: int = 0, vocab_size: int | None = None, max_seq_len: int | None = None, ops: Ops | None = None,
-) -> GPT2:
+    narrow: bool = False, seed: int = 0, vocab_size: int | None = None, max_seq_len: int | None = None, ops: Ops | None = None,
+) -> Model:
     """A model with weights and, in `.tokenizer`, its tokenizer (None where none is known or to be had).
 
     `source`, in this order:
@@ -45,7 +46,7 @@ def load(
 
     Of weights that are read, `vocab_size` must be the one asked for and `max_seq_len` at least that.
     `device`, `isa`, `threads`, `dtype`, `gemm` and `attention` are those of `ops.load`, which sets them for the whole
-    process; or `ops` is a backend already set up, and they are not given.  `masters` is that of `GPT2`.  Raises
+    process; or `ops` is a backend already set up, and they are not given.  `masters` and `narrow` are those of `Model`.  Raises
     ConfigError, FileFormatError, DownloadError, MissingDependencyError or DeviceError.
     """
     given = {"isa": isa, "threads": threads, "dtype": dtype, "gemm": gemm, "attention": attention}
@@ -54,22 +55,36 @@ def load(
             raise ConfigError(field, f"{value!r} is given beside a backend that is set up already")
     name = os.fspath(source)
     backend = contract.load(device, **given) if ops is None else ops  # type: ignore[arg-type]
+    if narrow and backend.info()["storage"] == "bfloat16":
+        masters = narrow = False  # it keeps all of them so
     if is_preset(name):
         config = preset(name)
         changes = {"vocab_size": vocab_size, "max_seq_len": max_seq_len}
         config = replace(config, **{field: value for field, value in changes.items() if value is not None})
-        model = GPT2(config, backend, masters=masters)
+        model = config.build(backend, masters=masters, narrow=narrow)
         model.initialise(seed)
         _promise_tokenizer(model, TOKENIZERS.get(config.vocab_size))
         return model
     path = locate(name)
-    model = _from_folder(path, backend, masters) if path.is_dir() else _from_file(path, backend, masters)
+    read = _from_folder if path.is_dir() else _from_file
+    model = read(path, backend, masters, narrow)
     model.refresh()
     if vocab_size is not None and vocab_size != model.config.vocab_size:
         raise ConfigError("vocab_size", f"{vocab_size} asked for, {name} has {model.config.vocab_size}")
     if max_seq_len is not None and max_seq_len > model.config.max_seq_len:
         raise ConfigError("max_seq_len", f"{max_seq_len} asked for, {name} has {model.config.max_seq_len}")
     return model
+
+
+def preset(name: str) -> Config:
+    """The configuration called `name`, of any architecture; ConfigError lists the names otherwise."""
+    if name in PRESETS:
+        return PRESETS[name]
+    try:
+        return gpt2.preset(name)
+    except ConfigError:
+        known = ", ".join(PRESETS)
+        raise ConfigError("preset", f"{name!r} is unknown; choose from {known}, d1 to d12, d24, d36, d48") from None
 
 
 def is_preset(name: str) -> bool:
@@ -124,15 +139,15 @@ def _read_header(path: Path) -> Dimensions:
     return checkpoint.read_model_header(path, rows_for)[1]
 
 
-def _from_file(path: Path, ops: Ops, masters: bool) -> GPT2:
+def _from_file(path: Path, ops: Ops, masters: bool, narrow: bool) -> Model:
     dimensions = _read_header(path)
-    model = GPT2(config_of(dimensions), ops, masters=masters)
+    model = config_of(dimensions).build(ops, masters=masters, narrow=narrow)
     checkpoint.read_model(path, dimensions, model.params)
     _promise_tokenizer(model, TOKENIZERS.get(model.config.vocab_size))
     return model
 
 
-def _from_folder(folder: Path, ops: Ops, masters: bool) -> GPT2:
+def _from_folder(folder: Path, ops: Ops, masters: bool, narrow: bool) -> Model:
     dimensions, name = checkpoint.read_folder_config(folder)
     V = dimensions.vocab_size
     checkpoint.check_folder(folder, rows_for(dimensions), V)  # before a wrong config.json allocates terabytes
@@ -143,7 +158,7 @@ def _from_folder(folder: Path, ops: Ops, masters: bool) -> GPT2:
     if size > V:
         detail = f"{name!r} has {size} entries, the model {V}"
         raise FileFormatError(folder / checkpoint.CONFIG_FILE, checkpoint.TOKENIZER_FIELD, detail)
-    model = GPT2(config_of(dimensions), ops, masters=masters)
+    model = config_of(dimensions).build(ops, masters=masters, narrow=narrow)
     checkpoint.read_folder(folder, model.params, V)
     if file is None:
         _promise_tokenizer(model, source)
@@ -152,9 +167,9 @@ def _from_folder(folder: Path, ops: Ops, masters: bool) -> GPT2:
     return model
 
 
-def config_of(dimensions: Dimensions) -> Config:
+def config_of(dimensions: Dimensions) -> gpt2.Config:
     """The configuration a file's numbers describe."""
-    return Config(
+    return gpt2.Config(
         dimensions.max_seq_len, dimensions.vocab_size, dimensions.num_layers, dimensions.num_heads,
         dimensions.channels,
     )  # fmt: skip
@@ -169,13 +184,13 @@ def dimensions_of(config: Config) -> Dimensions:
 
 def rows_for(dimensions: Dimensions) -> list[Row]:
     """The parameter table of a file's model."""
-    return parameter_rows(config_of(dimensions))
+    return config_of(dimensions).parameter_rows()
 
 
 # ---- tokenizers ------------------------------------------------------------------------------------
 
 
-def require_tokenizer(model: GPT2) -> tokenizers.Tokenizer:
+def require_tokenizer(model: Model) -> tokenizers.Tokenizer:
     """The model's tokenizer; where it has none, the error that says why."""
     if model.tokenizer is None:
         name = TOKENIZERS.get(model.config.vocab_size)
@@ -195,7 +210,7 @@ def _tokenizer_in(folder: Path, name: str | None) -> str | None:
     return str(folder / name)
 
 
-def _promise_tokenizer(model: GPT2, name: str | None) -> None:
+def _promise_tokenizer(model: Model, name: str | None) -> None:
     """The tokenizer `name`, when it is asked for; a model is of use without one that cannot be fetched then."""
 
     def load() -> Any:
@@ -211,7 +226,7 @@ def _promise_tokenizer(model: GPT2, name: str | None) -> None:
 # ---- saving ----------------------------------------------------------------------------------------
 
 
-def save(model: GPT2, folder: PathLike, tokenizer_name: str | None = None) -> None:
+def save(model: Model, folder: PathLike, tokenizer_name: str | None = None) -> None:
     """Write `model` as a Hugging Face folder (config.json, model.safetensors in fp32), created if need be.
 
     `tokenizer_name` ("bytes", "gpt2" or a tokenizer .bin, which is copied along) is what `load` will
@@ -230,6 +245,6 @@ def save(model: GPT2, folder: PathLike, tokenizer_name: str | None = None) -> No
     checkpoint.write_folder_config(folder, dimensions_of(model.config), tokenizer=name, eot=eot)
 
 
-def save_bin(model: GPT2, path: PathLike, version: int = 3) -> None:
+def save_bin(model: Model, path: PathLike, version: int = 3) -> None:
     """Write `model` as llm.c's model file: version 1 (fp32, unpadded), 3 (fp32) or 5 (bf16)."""
     checkpoint.write_model(path, version, dimensions_of(model.config), model.params)

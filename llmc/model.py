@@ -234,7 +234,13 @@ class Model:
             if len(row.shape) == 1:
                 tensor[...] = value
                 continue
-            self.ops.normal(tensor[:V] if row.name in PADDED else tensor, seed, stream, value)
+            target = tensor[:V] if row.name in PADDED else tensor
+            if target.dtype.name in ("float32", self.dtype):
+                self.ops.normal(target, seed, stream, value)
+            else:  # narrow: rounded from what a model in float32 would have
+                drawn = self.ops.empty(target.shape, "float32")
+                self.ops.normal(drawn, seed, stream, value)
+                self.ops.copy(target, drawn)
             if row.name in PADDED:
                 tensor[V:] = 0.0
         self.refresh()

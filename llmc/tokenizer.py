@@ -1,8 +1,9 @@
 """Text to token ids and back.
 
-Three tokenizers with one set of names: `ByteTokenizer` (needs nothing), `TiktokenTokenizer` (GPT-2's byte
-pair encoding, through tiktoken) and `TokenizerFile` (llm.c's `gpt2_tokenizer.bin`, which holds the bytes
-of every token: enough to decode, not to encode).  `load(name_or_path)` picks one.
+Five tokenizers with one set of names, those of `Tokenizer`: `ByteTokenizer` (needs nothing), `TiktokenTokenizer`
+(GPT-2's byte pair encoding, through tiktoken), `HuggingFaceTokenizer` (a tokenizer.json, through the package
+tokenizers), `SentencePieceTokenizer` (a tokenizer.model, through sentencepiece) and `TokenizerFile` (llm.c's
+`gpt2_tokenizer.bin`, which decodes but cannot encode).  `load(name_or_path)` picks one.
 
 Ids outside the vocabulary raise `ConfigError`; files that are not what they should be raise
 `FileFormatError` naming the field.
@@ -10,21 +11,37 @@ Ids outside the vocabulary raise `ConfigError`; files that are not what they sho
 
 from __future__ import annotations
 
-import contextlib
 import os
-import struct
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from llmc.errors import ConfigError, DownloadError, FileFormatError, MissingDependencyError
+from llmc import tokenizer_config
+from llmc._tokenizer.builtin import GPT2_EOT, GPT2_VOCAB_SIZE, ByteTokenizer, TiktokenTokenizer
+from llmc._tokenizer.huggingface import HuggingFaceTokenizer
+from llmc._tokenizer.ids import END_OF_TEXT, Special
+from llmc._tokenizer.llmc_bin import TokenizerFile, read_tokenizer_file, write_tokenizer_file
+from llmc._tokenizer.sentencepiece_model import SentencePieceTokenizer
+from llmc.errors import ConfigError, FileFormatError
 
-END_OF_TEXT = "<|endoftext|>"  # GPT-2's name for the token between two texts
+__all__ = [
+    "END_OF_TEXT",
+    "GPT2_EOT",
+    "GPT2_VOCAB_SIZE",
+    "ByteTokenizer",
+    "HuggingFaceTokenizer",
+    "SentencePieceTokenizer",
+    "Special",
+    "TiktokenTokenizer",
+    "Tokenizer",
+    "TokenizerFile",
+    "load",
+    "read_tokenizer_file",
+    "write_tokenizer_file",
+]
 
-TOKENIZER_MAGIC = 20240328
-HEADER_BYTES = 1024  # 256 int32
-GPT2_EOT = 50256
-GPT2_VOCAB_SIZE = 50257
+LLMC_FILE = "tokenizer.bin"  # llm.c's, as llmc calls it in a model's folder
+LLMC_FIELD = "llmc_tokenizer"  # of config.json: the name or file of a model that llmc saved
 
 
 class Tokenizer(Protocol):
@@ -40,226 +57,92 @@ class Tokenizer(Protocol):
 
     @property
     def eot(self) -> int:
-        """The id that stands between two texts."""
+        """The id that stands in front of every text of a dataset: bos where the tokenizer puts one before a text,
+        else the first of eos.  ConfigError where the vocabulary has neither."""
+
+    @property
+    def special(self) -> Special:
+        """The ids that begin and end texts."""
+
+    @property
+    def add_bos(self) -> bool:
+        """Whether a prompt of ordinary text is led by `special.bos`; `encode` itself never adds it."""
+
+    @property
+    def breaks(self) -> str:
+        """The white space in front of which a text may be cut, where anything else stands before it, so that the
+        tokens of the parts (`encode_batch`, continued) are those of the whole; "" if nowhere."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of ordinary text: names of special tokens in it are text like any other."""
 
+    def encode_special(self, text: str) -> list[int]:
+        """Ids of text in which the names of special tokens stand for them, as a chat template writes them."""
+
+    def encode_batch(self, texts: Sequence[str], continued: bool = False) -> list[list[int]]:
+        """As `encode`, of each text, without keeping other threads waiting.  `continued`: every text goes on where
+        another ended, and what `encode` puts in front of a text (sentencepiece's space) is left out."""
+
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD.  What `encode` puts in front is taken away."""
 
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of `ids`."""
+    def decode_bytes(self, ids: Iterable[int], start: bool = False) -> bytes:
+        """The bytes of `ids`, which are the bytes of each id in a row: a text may be decoded id by id.  `start`: `ids`
+        begin a text, and what `encode` puts in front is taken away, as `decode` does."""
+
+    def files(self) -> list[Path]:
+        """The files to copy into a folder that is to have this tokenizer; none for those that come with llmc."""
 
 
-class ByteTokenizer:
-    """The 256 byte values of UTF-8 and one id, 256, that stands between texts.
+def load(name_or_path: str | os.PathLike[str], *, vocab_size: int | None = None) -> Tokenizer:
+    """The tokenizer "bytes" or "gpt2", that of a folder, or that of a file.
 
-    That id has no bytes: it decodes to nothing.
+    Of a folder it is tokenizer.json if there, else tokenizer.model, else what llmc left there (a name in config.json,
+    or tokenizer.bin).  A file in .json is taken for a tokenizer.json, one in .model for sentencepiece's, any
+    other for llm.c's .bin.  `vocab_size` is the model's: FileFormatError for a tokenizer that has more ids.
+    ConfigError for what is none of these, MissingDependencyError without the package that a file takes.
     """
-
-    name = "bytes"
-    vocab_size = 257
-    eot = 256
-
-    def encode(self, text: str) -> list[int]:
-        try:
-            # surrogateescape: an undecodable byte of a command line comes back as that byte.
-            return list(text.encode("utf-8", "surrogateescape"))
-        except UnicodeEncodeError as error:
-            raise ConfigError("text", f"character {error.start} is a lone surrogate") from None
-
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        ids = [int(i) for i in ids]
-        _check_range(ids, self.vocab_size, self.name)
-        return bytes(i for i in ids if i != self.eot)
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return self.decode_bytes(ids).decode("utf-8", "replace")
+    made = _load(os.fspath(name_or_path))
+    if vocab_size is not None and made.vocab_size > vocab_size:
+        detail = f"{made.vocab_size} ids are more than the {vocab_size} that the model knows"
+        if not made.files():
+            raise ConfigError("tokenizer", f"{made.name}: {detail}")
+        raise FileFormatError(made.files()[0], "vocabulary", detail)
+    return made
 
 
-class TiktokenTokenizer:
-    """GPT-2's byte pair encoding, through tiktoken.
-
-    tiktoken keeps the vocabulary in the folder TIKTOKEN_CACHE_DIR, else in a temporary folder, and
-    downloads it (about 1.5 MB) where it is not there yet.  `DownloadError` where that fails.
-    """
-
-    name = "gpt2"
-    vocab_size = GPT2_VOCAB_SIZE
-    eot = GPT2_EOT
-
-    def __init__(self) -> None:
-        self._encoding = _gpt2_encoding()
-
-    def encode(self, text: str) -> list[int]:
-        return self._encoding.encode_ordinary(text)
-
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        ids = [int(i) for i in ids]
-        _check_range(ids, self.vocab_size, self.name)
-        return self._encoding.decode_bytes(ids)
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return self.decode_bytes(ids).decode("utf-8", "replace")
-
-    def tokens(self) -> list[bytes]:
-        """The bytes of every token, as `write_tokenizer_file` takes them."""
-        return [self._encoding.decode_single_token_bytes(i) for i in range(self.vocab_size)]
-
-
-class TokenizerFile:
-    """A tokenizer .bin of llm.c (version 1 or 2), for decoding.
-
-    Version 1 has no field for the end-of-text id and was written for GPT-2 alone, so it must hold 50,257
-    tokens and the id is 50256.
-    """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.name = os.fspath(path)
-        self._tokens, self.eot = read_tokenizer_file(path)
-        self.vocab_size = len(self._tokens)
-
-    def encode(self, text: str) -> list[int]:
-        """Always `ConfigError`: the file does not say how text is cut into tokens."""
-        raise ConfigError(
-            "tokenizer", f"{self.name} can decode but not encode text; choose the tokenizer gpt2 or bytes"
-        )
-
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        ids = [int(i) for i in ids]
-        _check_range(ids, self.vocab_size, self.name)
-        return b"".join(self._tokens[i] for i in ids)
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return self.decode_bytes(ids).decode("utf-8", "replace")
-
-    def tokens(self) -> list[bytes]:
-        """The bytes of every token."""
-        return list(self._tokens)
-
-
-def load(name_or_path: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer "bytes", "gpt2", or the one in a tokenizer .bin file; ConfigError for anything else."""
-    name = os.fspath(name_or_path)
+def _load(name: str) -> Tokenizer:
     if name == ByteTokenizer.name:
         return ByteTokenizer()
     if name == TiktokenTokenizer.name:
         return TiktokenTokenizer()
+    path = Path(name)
+    if name and path.is_dir():
+        return _of_folder(path)
     if not os.path.isfile(name):
-        raise ConfigError("tokenizer", f"{name!r} is neither bytes, gpt2 nor a tokenizer file")
+        raise ConfigError("tokenizer", f"{name!r} is neither bytes, gpt2 nor a tokenizer file or folder")
+    if path.suffix == ".json":
+        return HuggingFaceTokenizer(path)
+    if path.suffix == ".model":
+        return SentencePieceTokenizer(path)
     return TokenizerFile(name)
 
 
-def read_tokenizer_file(path: str | os.PathLike[str]) -> tuple[list[bytes], int]:
-    """Every token's bytes, and the end-of-text id, of a tokenizer .bin.
-
-    The file: 256 int32 (20240328, version, number of tokens, end-of-text id in version 2), then for every
-    token its length in one byte and that many bytes.
-    """
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise ConfigError("tokenizer", f"cannot read {os.fspath(path)}: {error.strerror}") from error
-    if len(data) < HEADER_BYTES:
-        raise FileFormatError(path, "header", f"truncated: {len(data)} of {HEADER_BYTES} bytes")
-    magic, version, count, eot = struct.unpack_from("<4i", data)
-    if magic != TOKENIZER_MAGIC:
-        raise FileFormatError(path, "magic", f"{magic} is not {TOKENIZER_MAGIC}, a tokenizer's")
-    if version not in (1, 2):
-        raise FileFormatError(path, "version", f"{version} is neither 1 nor 2")
-    # A token takes two bytes at least, so this also bounds the work below.
-    if not 0 < count <= (len(data) - HEADER_BYTES) // 2:
-        raise FileFormatError(path, "token count", f"{count} does not fit in a file of {len(data)} bytes")
-    if version == 1:
-        if count != GPT2_VOCAB_SIZE:
-            raise FileFormatError(path, "token count", f"{count}: version 1 holds {GPT2_VOCAB_SIZE} tokens")
-        eot = GPT2_EOT
-    if not 0 <= eot < count:
-        raise FileFormatError(path, "end-of-text id", f"{eot} is not among {count} tokens")
-    tokens = []
-    offset = HEADER_BYTES
-    for i in range(count):
-        length = data[offset] if offset < len(data) else -1
-        if length == 0:
-            raise FileFormatError(path, f"token {i}", "length 0")
-        if length < 0 or offset + 1 + length > len(data):
-            raise FileFormatError(path, f"token {i}", f"truncated: the file ends at byte {len(data)}")
-        tokens.append(data[offset + 1 : offset + 1 + length])
-        offset += 1 + length
-    if offset != len(data):
-        raise FileFormatError(path, "size", f"{len(data) - offset} bytes follow the last token")
-    return tokens, eot
-
-
-def write_tokenizer_file(
-    path: str | os.PathLike[str], tokens: Sequence[bytes], eot: int, *, version: int = 2
-) -> None:
-    """Write llm.c's tokenizer .bin: the bytes of every token (1 to 255 of them) in order of id.
-
-    `write_tokenizer_file(path, TiktokenTokenizer().tokens(), 50256)` gives llm.c's own file.  Version 1 is
-    for GPT-2's vocabulary alone.
-    """
-    if version not in (1, 2):
-        raise ConfigError("version", f"{version}: a tokenizer file has version 1 or 2")
-    if version == 1 and (len(tokens), eot) != (GPT2_VOCAB_SIZE, GPT2_EOT):
-        raise ConfigError("version", "1 is for GPT-2's vocabulary alone; write version 2")
-    if not 0 <= eot < len(tokens):
-        raise ConfigError("eot", f"{eot} is not among {len(tokens)} tokens")
-    body = bytearray(struct.pack("<4i", TOKENIZER_MAGIC, version, len(tokens), eot if version == 2 else 0))
-    body += bytes(HEADER_BYTES - len(body))
-    for i, token in enumerate(tokens):
-        if not 1 <= len(token) <= 255:
-            raise ConfigError("tokens", f"token {i} has {len(token)} bytes; a tokenizer file holds 1 to 255")
-        body.append(len(token))
-        body += token
-    _replace(Path(path), bytes(body))
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Put `data` at `path` whole or not at all."""
-    path = Path(os.path.realpath(path))  # a link stays a link, its target is replaced
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the new name is on disk only when its folder is
-        finally:
-            os.close(folder)
-    except OSError as error:
-        raise ConfigError("out", f"cannot write {path}: {error.strerror}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
-def _check_range(ids: list[int], vocab_size: int, name: str) -> None:
-    for position, i in enumerate(ids):
-        if not 0 <= i < vocab_size:
-            raise ConfigError(
-                "token ids", f"id {i} at position {position} is not one of tokenizer {name}'s {vocab_size}"
-            )
-
-
-def _gpt2_encoding() -> Any:
-    try:
-        import tiktoken
-    except ImportError as error:
-        raise MissingDependencyError("the gpt2 tokenizer needs tiktoken: pip install tiktoken") from error
-    try:
-        return tiktoken.get_encoding("gpt2")
-    except ImportError as error:
-        raise MissingDependencyError(f"the gpt2 tokenizer needs {error.name} to download: {error}") from error
-    except (OSError, ValueError) as error:
-        # requests' errors are OSErrors; tiktoken reports a vocabulary of the wrong hash as ValueError.
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise DownloadError(
-            "the gpt2 tokenizer's vocabulary is not on this machine and could not be downloaded: connect to "
-            "the network, or set TIKTOKEN_CACHE_DIR to a folder in which tiktoken has kept it "
-            f"({type(error).__name__}: {reason})"
-        ) from error
+def _of_folder(folder: Path) -> Tokenizer:
+    if (folder / tokenizer_config.TOKENIZER_JSON).exists():
+        return HuggingFaceTokenizer(folder / tokenizer_config.TOKENIZER_JSON)
+    if (folder / tokenizer_config.TOKENIZER_MODEL).exists():
+        return SentencePieceTokenizer(folder / tokenizer_config.TOKENIZER_MODEL)
+    config = folder / tokenizer_config.MODEL_CONFIG
+    name = tokenizer_config.read_json(config).get(LLMC_FIELD)
+    if name in (ByteTokenizer.name, TiktokenTokenizer.name):
+        return _load(name)
+    if name is not None:
+        # A plain name alone: a model's folder does not speak of files elsewhere.
+        if not isinstance(name, str) or os.path.basename(name) != name or not (folder / name).is_file():
+            raise FileFormatError(config, LLMC_FIELD, f"{name!r} is neither bytes, gpt2 nor a file in this folder")
+        return _load(str(folder / name))
+    if (folder / LLMC_FILE).exists():
+        return TokenizerFile(folder / LLMC_FILE)
+    what = f"{tokenizer_config.TOKENIZER_JSON}, {tokenizer_config.TOKENIZER_MODEL} nor {LLMC_FILE}"
+    raise ConfigError("tokenizer", f"{folder} has neither {what}")

@@ -1,10 +1,11 @@
-"""gelu_forward, gelu_backward, residual_forward, zero, copy."""
+"""gelu, swiglu and geglu, forward and backward, residual_forward, zero, copy."""
 
 from __future__ import annotations
 
 import math
 from types import ModuleType
 
+import ml_dtypes
 import numpy as np
 import pytest
 import reference
@@ -104,6 +105,103 @@ def test_gelu_is_the_tanh_form(ops: ModuleType) -> None:
     assert apart.max() > 100 and np.median(apart) > 10
 
 
+# ---- gates -----------------------------------------------------------------------------------------
+
+GATES = [(2, 3, F) for F in (1, 3, 4, 7, 8, 9, 15, 16, 17, 33, 65, 257)] + [(1, 1, 1031), (0, 3, 4), (2, 0, 4), (2, 3, 0)]
+NOTHING = 88 * 2.0**-126  # what silu may lose where e^x is no normal number
+
+
+def logistic(x: Array) -> Array:
+    return np.asarray(1 / (1 + np.exp(-np.clip(x, -700, 700))))
+
+
+def gate_bounds(op: str, x: Array, dout: Array) -> tuple[Array, Array]:
+    """Bounds of out and of dx, for numbers of float32.
+
+    silu(x) = x / (1 + e), e = exp(-x): e is off by 2 ulp, 4 units, the sum and the quotient by one each: 6.  Its slope
+    s + x s (s e), s = 1 / (1 + e): 6 units of s; 6 + 6 + 4 and four products of the second term, and the sum.  gelu's
+    are above.  Then come the products with up and with dout.
+    """
+    gate, up = np.split(x.astype(np.float64), 2, axis=-1)
+    d, s = np.abs(dout.astype(np.float64)), logistic(gate)
+    rest = np.abs(gate) * s * logistic(-gate)
+    if op == "swiglu":
+        value, slope = UNIT * 6 * np.abs(gate) * s + NOTHING, UNIT * (6 * s + 20 * rest + s + rest) + NOTHING
+        high = np.abs(gate) * s
+    else:
+        value, slope = gelu_forward_bound(gate), gelu_backward_bound(np.ones(gate.shape), gate)
+        high = np.abs(gate)
+    out = np.abs(up) * (value + UNIT * high) + TINY
+    back = d * np.abs(up) * (slope + 3 * UNIT)  # a slope is at most 1.13
+    return out, np.concatenate([back, d * (value + UNIT * high)], axis=-1) + TINY
+
+
+def check_gate(ops: ModuleType, op: str, x: Array, dout: Array) -> None:
+    out, dx = gate_bounds(op, x, dout)
+    check(ops, f"{op}_forward", (blank(*dout.shape), x), {"out": out})
+    for alias in ({}, {"dx": "x"}):
+        check(ops, f"{op}_backward", (blank(*x.shape), dout, x), {"dx": dx}, alias)
+
+
+@pytest.mark.parametrize("op", ["swiglu", "geglu"])
+@pytest.mark.parametrize("B, T, F", GATES)
+def test_gates(ops: ModuleType, rng: Generator, op: str, B: int, T: int, F: int) -> None:
+    check_gate(ops, op, floats(rng, B, T, 2 * F, scale=3), floats(rng, B, T, F))
+
+
+@pytest.mark.parametrize("op", ["swiglu", "geglu"])
+def test_gates_whole_range(ops: ModuleType, rng: Generator, op: str) -> None:
+    gate = whole_range()
+    x = np.concatenate([gate, floats(rng, len(gate))])[None, None]
+    check_gate(ops, op, x, np.full((1, 1, len(gate)), 2, np.float32))
+
+
+def test_swiglu_slope_is_relative(ops: ModuleType) -> None:
+    """Down to e^-80 the gradient keeps its digits: nothing is subtracted from 1."""
+    gate = np.linspace(-80, -2, 157, dtype=np.float32)
+    x, ones = np.concatenate([gate, np.ones_like(gate)])[None, None], np.ones((1, 1, len(gate)), np.float32)
+    dx = np.empty_like(x)
+    ops.swiglu_backward(dx, ones, x)
+    exact = np.empty(x.shape)
+    reference.swiglu_backward(exact, ones, x)
+    assert (np.abs(dx - exact) <= 2e-6 * np.abs(exact)).all()
+
+
+@pytest.mark.parametrize("op", ["swiglu", "geglu"])
+def test_gates_far_out(ops: ModuleType, op: str) -> None:
+    """up times the gate on one side, nothing on the other, and slopes of 1 and 0."""
+    far = np.array([100, 1e4, 1e13, 2e19, 1e30, 3.4e38], np.float32)
+    forward, backward = getattr(ops, f"{op}_forward"), getattr(ops, f"{op}_backward")
+    half, ones, out, dx = np.full(6, 0.5, np.float32), np.ones((1, 1, 6), np.float32), blank(1, 1, 6), blank(1, 1, 12)
+    for sign in (1, -1):
+        x = np.concatenate([sign * far, half])[None, None]
+        forward(out, x)
+        backward(dx, ones, x)
+        if sign > 0:
+            np.testing.assert_array_equal(out[0, 0], far / 2)
+            np.testing.assert_array_equal(dx[0, 0], np.concatenate([half, far]))
+        else:
+            assert (np.abs(out[0, 0]) <= 2.0**-126 * far).all() and (np.abs(dx[0, 0, :6]) < 1e-30).all()
+            assert (np.abs(dx[0, 0, 6:]) <= 2.0**-126 * far).all()
+
+
+@pytest.mark.parametrize("op", ["swiglu", "geglu"])
+@pytest.mark.parametrize("F", [1, 8, 19, 64])
+def test_gates_keep_nan(ops: ModuleType, op: str, F: int) -> None:
+    for place in {0, F // 2, F - 1, F, 2 * F - 1}:
+        x, ones, out, dx = np.ones((1, 1, 2 * F), np.float32), np.ones((1, 1, F), np.float32), blank(1, 1, F), None
+        x[0, 0, place] = np.nan
+        getattr(ops, f"{op}_forward")(out, x)
+        assert np.isnan(out[0, 0, place % F]) and np.isfinite(np.delete(out, place % F)).all()
+        dx = np.zeros_like(x)
+        getattr(ops, f"{op}_backward")(dx, ones, x)
+        assert np.isnan(dx[0, 0, place % F])  # by its slope, or by up
+        kept = np.ones(2 * F, bool)
+        kept[[place % F, place % F + F]] = False
+        assert np.isfinite(dx[0, 0, kept]).all()
+        assert np.isnan(dx[0, 0, place % F + F]) == (place < F)
+
+
 @pytest.mark.parametrize("shape", SHAPES + LARGE)
 def test_residual(ops: ModuleType, rng: Generator, shape: tuple[int, ...]) -> None:
     """One addition, correctly rounded: float32 gives the same bits."""
@@ -143,3 +241,47 @@ def test_copy_keeps_nan(ops: ModuleType, n: int) -> None:
         x[index] = np.nan
         ops.copy(out, x)
         assert np.isnan(out[index]) and (np.delete(out, index) == 1).all()
+
+
+# ---- to bfloat16 and back --------------------------------------------------------------------------
+
+
+def bf16_values() -> Array:
+    """All of them, NaN among them."""
+    return np.arange(1 << 16, dtype=np.uint16).view(ml_dtypes.bfloat16)
+
+
+def test_copy_widens(each_isa: ModuleType) -> None:
+    """Exactly, to the bit."""
+    x = bf16_values()
+    for place in PLACES:
+        for n in (1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, len(x)):
+            out, source = Guarded(blank(n), place), Guarded(x[-n:], place)
+            each_isa.copy(out.array, source.array)
+            np.testing.assert_array_equal(out.array.view(np.uint32), x[-n:].view(np.uint16).astype(np.uint32) << 16)
+            assert out.intact() and source.intact()
+
+
+def test_copy_rounds(each_isa: ModuleType, rng: Generator) -> None:
+    """To nearest, ties to even: midpoints of neighbours, and what lies next to them; NaN stays NaN."""
+    bits = np.arange(1 << 16, dtype=np.uint32) << 16
+    low = np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)
+    x = (bits[:, None] | low).reshape(-1).view(np.float32)
+    nan = np.isnan(x)
+    with np.errstate(invalid="ignore", over="ignore"):
+        expected = x.astype(ml_dtypes.bfloat16)
+    for place in PLACES:
+        for n in (1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, len(x)):
+            out, source = Guarded(np.zeros(n, ml_dtypes.bfloat16), place), Guarded(x[:n], place)
+            each_isa.copy(out.array, source.array)
+            found = out.array.view(np.uint16)
+            np.testing.assert_array_equal(found[~nan[:n]], expected[:n].view(np.uint16)[~nan[:n]])
+            assert np.isnan(out.array.astype(np.float32)[nan[:n]]).all()
+            assert out.intact() and source.intact()
+
+
+def test_copy_within_bfloat16(each_isa: ModuleType) -> None:
+    x = bf16_values().reshape(2, -1)
+    out = np.zeros_like(x)
+    each_isa.copy(out, x)
+    assert out.tobytes() == x.tobytes()

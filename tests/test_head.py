@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from types import ModuleType
 
+import ml_dtypes
 import numpy as np
 import pytest
 from guard import FLUSHED, TINY, UNIT, Array, blank, check, floats, number, summed
@@ -48,12 +49,22 @@ def logits_and_bound(x: Array, w: Array, V: int) -> tuple[Array, Array]:
     return rows @ table.T, UNIT * summed(x.shape[-1]) * (np.abs(rows) @ np.abs(table).T)
 
 
+def capped_and_bound(logits: Array, off: Array, softcap: float) -> tuple[Array, Array]:
+    """softcap tanh(logits / softcap), whose slope is at most 1; the quotient brings a unit or two, tanh 7, and the
+    product one."""
+    if not softcap:
+        return logits, off
+    capped = softcap * np.tanh(logits / softcap)
+    return capped, off + 10 * UNIT * (np.abs(capped) + off)
+
+
 def bounds_of(
-    dw: Array | None, x: Array, w: Array, targets: Array, V: int, scale: float, accumulate: bool, stored: float = 0.0
+    dw: Array | None, x: Array, w: Array, targets: Array, V: int, scale: float, accumulate: bool, stored: float = 0.0,
+    softcap: float = 0.0, into_dx: bool = False,
 ) -> dict[str, Array]:
     """An error of a logit is a relative error of its exponential; the largest logit cancels.  `stored` is the relative
-    error of logits, and of their gradients, that are rounded to lie in memory."""
-    logits, off = logits_and_bound(x, w, V)
+    error of logits, and of their gradients, that are rounded to lie in memory.  `into_dx`: dx is wanted without dw."""
+    logits, off = capped_and_bound(*logits_and_bound(x, w, V), softcap)
     off = off + stored * (np.abs(logits) + off)
     rows, table = (np.abs(array.astype(np.float64)) for array in (x.reshape(len(logits), x.shape[2]), w[:V]))
     tokens, chosen = np.arange(len(logits)), targets.reshape(-1)
@@ -67,7 +78,7 @@ def bounds_of(
     target = logits[tokens, chosen]
     losses = lse_off[:, 0] + off[tokens, chosen] + 2 * UNIT * (np.abs(lse[:, 0]) + np.abs(target))
     bounds = {"losses": losses.reshape(targets.shape)}
-    if dw is None:
+    if dw is None and not into_dx:
         return bounds
     dlogits = p.copy()
     dlogits[tokens, chosen] -= 1
@@ -75,12 +86,17 @@ def bounds_of(
     ones = np.zeros(p.shape)
     ones[tokens, chosen] = 1
     dlogits_off = abs(scale) * (p * (relative + lse_off + 4 * UNIT) + 2 * UNIT * ones + FLUSHED)
+    if softcap:  # dlogits * (1 - t^2), t = logits / softcap
+        t = np.abs(logits / softcap)
+        slope_off = 2 * t * (off / softcap + 2 * UNIT * t) + 4 * UNIT
+        dlogits, dlogits_off = (1 - t**2) * dlogits, (1 - t**2 + slope_off) * dlogits_off + slope_off * dlogits
     dlogits_off += 2 * UNIT * dlogits + stored * (dlogits + dlogits_off)
-    before = np.abs(dw.astype(np.float64)) if accumulate else np.zeros(dw.shape)
-    sums = UNIT * summed(len(logits))
-    weights = sums * before
-    weights[:V] += sums * (dlogits.T @ rows) + dlogits_off.T @ rows
-    bounds["dw"] = weights + TINY
+    if dw is not None:
+        before = np.abs(dw.astype(np.float64)) if accumulate else np.zeros(dw.shape)
+        sums = UNIT * summed(len(logits))
+        weights = sums * before
+        weights[:V] += sums * (dlogits.T @ rows) + dlogits_off.T @ rows
+        bounds["dw"] = weights + TINY
     bounds["dx"] = (UNIT * summed(V) * (dlogits @ table) + dlogits_off @ table).reshape(x.shape) + TINY
     return bounds
 
@@ -90,7 +106,7 @@ def test_loss(ops: ModuleType, rng: Generator, B: int, T: int, C: int, V: int) -
     """Evaluation: no gradients."""
     x, w, targets = floats(rng, B, T, C), padded(rng, V, C), targets_for(rng, B, T, V)
     bounds = bounds_of(None, x, w, targets, V, 1.0, False)
-    check(ops, "head_loss", (blank(B, T), None, None, x, w, targets, V, 1.0, False), bounds)
+    check(ops, "head_loss", (blank(B, T), None, None, x, w, targets, V, 1.0, 0.0, False), bounds)
 
 
 @pytest.mark.parametrize("accumulate", [False, True])
@@ -100,7 +116,7 @@ def test_gradients(ops: ModuleType, rng: Generator, B: int, T: int, C: int, V: i
     x, w, targets = floats(rng, B, T, C), padded(rng, V, C), targets_for(rng, B, T, V)
     dw, scale = floats(rng, *w.shape), 1 / max(B * T, 1)
     bounds = bounds_of(dw, x, w, targets, V, scale, accumulate)
-    given = (blank(B, T), blank(B, T, C), dw, x, w, targets, V, scale, accumulate)
+    given = (blank(B, T), blank(B, T, C), dw, x, w, targets, V, scale, 0.0, accumulate)
     found = check(ops, "head_loss", given, bounds)
     np.testing.assert_array_equal(found["dw"][V:], dw[V:] if accumulate else 0)
 
@@ -112,7 +128,7 @@ def test_gradient_over_its_input(ops: ModuleType, rng: Generator, B: int, T: int
     dw = floats(rng, *w.shape)
     for accumulate in (False, True):
         bounds = bounds_of(dw, x, w, targets, V, -0.7, accumulate)
-        given = (blank(B, T), blank(B, T, C), dw, x, w, targets, V, -0.7, accumulate)
+        given = (blank(B, T), blank(B, T, C), dw, x, w, targets, V, -0.7, 0.0, accumulate)
         check(ops, "head_loss", given, bounds, {"dx": "x"})
 
 
@@ -121,10 +137,10 @@ def test_table_without_padding(ops: ModuleType, rng: Generator, V: int) -> None:
     """Vp = V: the last row of w lies against the forbidden page."""
     x, w, targets = floats(rng, 2, 3, 7), floats(rng, V, 7), targets_for(rng, 2, 3, V)
     dw = floats(rng, V, 7)
-    given = (blank(2, 3), blank(2, 3, 7), dw, x, w, targets, V, 0.5, False)
+    given = (blank(2, 3), blank(2, 3, 7), dw, x, w, targets, V, 0.5, 0.0, False)
     check(ops, "head_loss", given, bounds_of(dw, x, w, targets, V, 0.5, False))
     _, off = logits_and_bound(x, w, V)
-    check(ops, "head_logits", (blank(2, 3, V), x, w, V), {"logits": off.reshape(2, 3, V)})
+    check(ops, "head_logits", (blank(2, 3, V), x, w, V, 0.0), {"logits": off.reshape(2, 3, V)})
 
 
 @pytest.mark.parametrize("size", [88.0, 120.0, 1e4])
@@ -135,7 +151,7 @@ def test_huge_logits(ops: ModuleType, rng: Generator, size: float) -> None:
     targets = targets_for(rng, B, T, V)
     x *= np.float32(size / np.abs(logits_and_bound(x, w, V)[0]).max())
     dw = blank(40, C)
-    given = (blank(B, T), blank(B, T, C), dw, x, w, targets, V, 0.1, False)
+    given = (blank(B, T), blank(B, T, C), dw, x, w, targets, V, 0.1, 0.0, False)
     found = check(ops, "head_loss", given, bounds_of(dw, x, w, targets, V, 0.1, False))
     assert found["losses"].max() > size / 4
 
@@ -147,10 +163,10 @@ def test_equal_logits(ops: ModuleType, V: int, value: float) -> None:
     x, w, losses = np.full((1, 3, 1), value, np.float32), np.ones((V + 3, 1), np.float32), blank(1, 3)
     targets = np.zeros((1, 3), np.int32)
     check(
-        ops, "head_loss", (losses, None, None, x, w, targets, V, 1.0, False),
+        ops, "head_loss", (losses, None, None, x, w, targets, V, 1.0, 0.0, False),
         bounds_of(None, x, w, targets, V, 1.0, False),
     )
-    ops.head_loss(losses, None, None, x, w, targets, V, 1.0, False)
+    ops.head_loss(losses, None, None, x, w, targets, V, 1.0, 0.0, False)
     np.testing.assert_allclose(losses, math.log(V), atol=UNIT * (abs(value) * 4 + 16))
 
 
@@ -159,7 +175,7 @@ def test_certain_prediction(ops: ModuleType) -> None:
     x, w = np.full((1, 2, 1), 200, np.float32), blank(9, 1)
     w[4] = 1
     losses, dx, dw = blank(1, 2), blank(1, 2, 1), blank(9, 1)
-    ops.head_loss(losses, dx, dw, x, w, np.full((1, 2), 4, np.int32), 9, 1.0, False)
+    ops.head_loss(losses, dx, dw, x, w, np.full((1, 2), 4, np.int32), 9, 1.0, 0.0, False)
     for array in (losses, dx, dw):
         np.testing.assert_array_equal(array, 0)
 
@@ -172,7 +188,7 @@ def test_exponential(ops: ModuleType) -> None:
     d = np.arange(0, 87 * 64, 7, dtype=np.float32) / 64
     x, w = d.reshape(1, -1, 1), np.array([[0], [-1]], np.float32)
     dx, losses = np.empty_like(x), np.empty_like(x[..., 0])
-    ops.head_loss(losses, dx, np.empty_like(w), x, w, np.zeros(losses.shape, np.int32), 2, 1.0, False)
+    ops.head_loss(losses, dx, np.empty_like(w), x, w, np.zeros(losses.shape, np.int32), 2, 1.0, 0.0, False)
     exact = np.exp(-x.astype(np.float64))
     exact /= 1 + exact
     assert (np.abs(dx + exact) / exact).max() <= 8 * UNIT
@@ -189,7 +205,7 @@ def test_nan_is_kept(ops: ModuleType, rng: Generator, V: int, bad: float) -> Non
             w[:, 2], x[0, :, 2] = 0, 0
             w[index, 2], x[0, 3, 2] = 1, bad
             targets = np.full((1, 5), target, np.int32)
-            ops.head_loss(losses, None, None, x, w, targets, V, 1.0, False)
+            ops.head_loss(losses, None, None, x, w, targets, V, 1.0, 0.0, False)
             # 0 * inf is NaN too, so all logits of this token are bad, and none of the others'
             assert not np.isfinite(losses[0, 3])
             assert np.isfinite(np.delete(losses[0], 3)).all()
@@ -201,9 +217,9 @@ def test_nan_in_one_logit(ops: ModuleType, rng: Generator) -> None:
         for index in {1, V // 2, V - 1}:
             x, w, losses, logits = floats(rng, 1, 5, 3), floats(rng, V, 3), blank(1, 5), blank(1, 5, V)
             w[index] = np.nan
-            ops.head_loss(losses, None, None, x, w, np.zeros((1, 5), np.int32), V, 1.0, False)
+            ops.head_loss(losses, None, None, x, w, np.zeros((1, 5), np.int32), V, 1.0, 0.0, False)
             assert np.isnan(losses).all()
-            ops.head_logits(logits, x, w, V)
+            ops.head_logits(logits, x, w, V, 0.0)
             assert np.isnan(logits[..., index]).all()
             assert np.isfinite(np.delete(logits, index, axis=-1)).all()
 
@@ -212,7 +228,99 @@ def test_nan_in_one_logit(ops: ModuleType, rng: Generator) -> None:
 def test_logits(ops: ModuleType, rng: Generator, B: int, T: int, C: int, V: int) -> None:
     x, w = floats(rng, B, T, C), padded(rng, V, C)
     _, off = logits_and_bound(x, w, V)
-    check(ops, "head_logits", (blank(B, T, V), x, w, V), {"logits": off.reshape(B, T, V)})
+    check(ops, "head_logits", (blank(B, T, V), x, w, V, 0.0), {"logits": off.reshape(B, T, V)})
+
+
+# ---- soft-caps, and what is not trained ------------------------------------------------------------
+
+CAPPED = [(2, 3, 7, 19), (1, 5, 16, 129), (3, 11, 37, 101), (1, 33, 5, 8), (0, 3, 4, 5), (1, 3, 0, 4)]
+
+
+@pytest.mark.parametrize("softcap", [0.5, 5.0, 30.0])
+@pytest.mark.parametrize("B, T, C, V", CAPPED)
+def test_softcap(ops: ModuleType, rng: Generator, B: int, T: int, C: int, V: int, softcap: float) -> None:
+    """Far below the largest logit, about it, and above: logits, losses and gradients."""
+    x, w, targets = floats(rng, B, T, C), padded(rng, V, C), targets_for(rng, B, T, V)
+    dw, tokens = floats(rng, *w.shape), (x, w, targets, V, 0.3, softcap)
+    _, off = capped_and_bound(*logits_and_bound(x, w, V), softcap)
+    check(ops, "head_logits", (blank(B, T, V), x, w, V, softcap), {"logits": off.reshape(B, T, V) + TINY})
+    bounds = bounds_of(None, x, w, targets, V, 0.3, False, softcap=softcap)
+    check(ops, "head_loss", (blank(B, T), None, None, *tokens, False), bounds)
+    for accumulate in (False, True):
+        bounds = bounds_of(dw, x, w, targets, V, 0.3, accumulate, softcap=softcap)
+        for alias in ({}, {"dx": "x"}):
+            check(ops, "head_loss", (blank(B, T), blank(B, T, C), dw, *tokens, accumulate), bounds, alias)
+
+
+def test_softcap_matters(ops: ModuleType, rng: Generator) -> None:
+    """Without it loss and gradient are far off."""
+    x, w, targets = floats(rng, 1, 5, 16), floats(rng, 33, 16), targets_for(rng, 1, 5, 33)
+    results = []
+    for softcap in (0.0, 5.0):
+        losses, dx, dw = blank(1, 5), blank(1, 5, 16), blank(33, 16)
+        ops.head_loss(losses, dx, dw, x, w, targets, 33, 1.0, softcap, False)
+        results.append((losses, dx, dw))
+    for off, on in zip(*results, strict=True):
+        assert np.linalg.norm(off - on) > 0.05 * np.linalg.norm(off)
+
+
+def test_softcap_alone(ops: ModuleType) -> None:
+    """One logit, x itself: relative to its own size from 2^-126 on, and the cap beyond; the sign is kept.
+
+    One or two units for the quotient, 7 for tanh, one for the product.
+    """
+    powers = 2.0 ** np.arange(-126, 127, dtype=np.float64)
+    half = np.concatenate([powers, powers * 1.37, np.linspace(1e-3, 400, 4001)]).astype(np.float32)
+    x, w = np.concatenate([half, -half]).reshape(1, -1, 1), np.ones((1, 1), np.float32)
+    logits = np.empty_like(x)
+    for cap in (1.0, 30.0, 50.0):
+        ops.head_logits(logits, x, w, 1, cap)
+        exact = cap * np.tanh(x.astype(np.float64) / cap)
+        assert (np.abs(logits - exact) <= 10 * UNIT * np.abs(exact) + 4 * TINY + cap * FLUSHED).all()
+        assert (np.abs(logits[np.abs(x) > 20 * cap]) == cap).all()
+
+
+@pytest.mark.parametrize("V", [1, 8, 19, 64])
+def test_softcap_keeps_nan(ops: ModuleType, rng: Generator, V: int) -> None:
+    for index in {0, V // 2, V - 1}:
+        x, w, losses, logits = floats(rng, 1, 5, 3), floats(rng, V, 3), blank(1, 5), blank(1, 5, V)
+        w[index] = np.nan
+        ops.head_loss(losses, None, None, x, w, np.zeros((1, 5), np.int32), V, 1.0, 30.0, False)
+        assert np.isnan(losses).all()
+        ops.head_logits(logits, x, w, V, 30.0)
+        assert np.isnan(logits[..., index]).all() and np.isfinite(np.delete(logits, index, axis=-1)).all()
+
+
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize("B, T, C, V", [*CAPPED, (1, 300, 8, 21)])
+def test_gradient_of_the_input_alone(
+    ops: ModuleType, rng: Generator, B: int, T: int, C: int, V: int, softcap: float
+) -> None:
+    """A head that is not trained."""
+    x, w, targets = floats(rng, B, T, C), padded(rng, V, C), targets_for(rng, B, T, V)
+    bounds = bounds_of(None, x, w, targets, V, -0.7, False, softcap=softcap, into_dx=True)
+    for alias in ({}, {"dx": "x"}):
+        given = (blank(B, T), blank(B, T, C), None, x, w, targets, V, -0.7, softcap, False)
+        check(ops, "head_loss", given, bounds, alias)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize("B, T, C, V", [
+    (1, 1, 7, 19), (1, 2, 33, 130), (2, 3, 16, 65), (3, 11, 37, 101), (1, 300, 8, 21), (1, 5, 530, 197), (0, 3, 4, 5),
+])
+def test_bfloat16_table(
+    each_isa: ModuleType, rng: Generator, B: int, T: int, C: int, V: int, softcap: float
+) -> None:
+    """A row, a few, and enough to widen the table in blocks; what it holds counts as it is."""
+    x, targets = floats(rng, B, T, C), targets_for(rng, B, T, V)
+    table = padded(rng, V, C).astype(ml_dtypes.bfloat16)
+    w = table.astype(np.float32)
+    _, off = capped_and_bound(*logits_and_bound(x, w, V), softcap)
+    check(each_isa, "head_logits", (blank(B, T, V), x, table, V, softcap), {"logits": off.reshape(B, T, V)})
+    for into_dx in (False, True):
+        dx = blank(B, T, C) if into_dx else None
+        bounds = bounds_of(None, x, w, targets, V, 0.3, False, softcap=softcap, into_dx=into_dx)
+        check(each_isa, "head_loss", (blank(B, T), dx, None, x, table, targets, V, 0.3, softcap, False), bounds)
 
 
 DOUBLE = 2.0**-53

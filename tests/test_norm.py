@@ -1,4 +1,4 @@
-"""layernorm_forward, layernorm_backward, residual_layernorm_forward."""
+"""layernorm and rmsnorm, forward and backward, and with the residual sum."""
 
 from __future__ import annotations
 
@@ -211,6 +211,9 @@ def test_backward(ops: ModuleType, rng: Generator, B: int, T: int, C: int, accum
     reference.layernorm_forward(np.empty(x.shape), mean, rstd, x, w, w, EPS)
     given = (floats(rng, B, T, C), floats(rng, C), floats(rng, C), floats(rng, B, T, C), x, mean, rstd, w)
     check(ops, "layernorm_backward", (*given, accumulate), backward_bounds(*given, accumulate))
+    bounds = backward_bounds(*given, accumulate)
+    without = (given[0], None, None, *given[3:], accumulate)
+    check(ops, "layernorm_backward", without, {"dx": bounds["dx"]})
 
 
 def test_backward_uses_what_was_saved(ops: ModuleType, rng: Generator) -> None:
@@ -220,3 +223,119 @@ def test_backward_uses_what_was_saved(ops: ModuleType, rng: Generator) -> None:
     outputs = floats(rng, 2, 3, C), floats(rng, C), floats(rng, C)
     given = (*outputs, floats(rng, 2, 3, C), x, mean, 1 + mean**2, w)
     check(ops, "layernorm_backward", (*given, True), backward_bounds(*given, True))
+
+
+# ---- rmsnorm ---------------------------------------------------------------------------------------
+
+OFFSETS = [0.0, 1.0]
+
+
+def rms_bounds(x: Array, w: Array, eps: float, offset: float) -> dict[str, Array]:
+    """Errors of a sum of squares and a root; then of offset + w and two products."""
+    x, factor = x.astype(np.float64), np.abs(offset + w.astype(np.float64))
+    C = x.shape[-1]
+    square = (x**2).mean(axis=-1)
+    rstd = 1 / np.sqrt(square + eps)
+    dr = rstd * UNIT * ((summed(C) + 2) / 2 * square / (square + eps) + 4)
+    size = np.abs(x) * factor
+    return {"out": size * dr[..., None] + 3 * UNIT * size * (rstd + dr)[..., None] + TINY, "rstd": dr}
+
+
+def check_rms(
+    ops: ModuleType, x: Array, w: Array, eps: float = EPS, offset: float = 0.0
+) -> dict[str, Array]:
+    values = (blank(*x.shape), blank(*x.shape[:2]), x, w, eps, offset)
+    return check(ops, "rmsnorm_forward", values, rms_bounds(x, w, eps, offset))
+
+
+@pytest.mark.parametrize("B, T, C", SHAPES)
+def test_rms_forward(ops: ModuleType, rng: Generator, B: int, T: int, C: int) -> None:
+    for offset in OFFSETS:
+        check_rms(ops, floats(rng, B, T, C), floats(rng, C), EPS, offset)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-15, 1e-6, 1e-3, 1e3, 1e6, 1e15])
+def test_rms_scales(ops: ModuleType, rng: Generator, scale: float) -> None:
+    check_rms(ops, floats(rng, 2, 5, 97, scale=scale), floats(rng, 97))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e25, 1e37])
+def test_rms_beyond_float32(each_isa: ModuleType, rng: Generator, scale: float) -> None:
+    """On a CPU squares neither overflow nor vanish."""
+    check_rms(each_isa, floats(rng, 1, 3, 97, scale=scale), floats(rng, 97), 1e-38 if scale < 1 else EPS)
+
+
+def test_rms_of_gemma(ops: ModuleType, rng: Generator) -> None:
+    """1 + w, not w; and eps within the root, and the one that is given."""
+    x, w = floats(rng, 2, 3, 48, scale=3e-3), floats(rng, 48, scale=0.1)
+    found = check_rms(ops, x, w, 1e-5, 1.0)
+    bound = rms_bounds(x, w, 1e-5, 1.0)
+    for eps, offset in ((1e-5, 0.0), (1e-6, 1.0)):
+        wrong = {name: np.zeros(array.shape) for name, array in found.items()}
+        reference.rmsnorm_forward(wrong["out"], wrong["rstd"], x, w, eps, offset)
+        assert np.median(np.abs(found["out"] - wrong["out"]) / bound["out"]) > 1000
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("C", [1, 8, 19, 64])
+def test_rms_keeps_nan(ops: ModuleType, rng: Generator, C: int, bad: float) -> None:
+    """Infinity is one over infinity times itself: no number either."""
+    for index in {0, C // 2, C - 1}:
+        x, out = floats(rng, 1, 3, C), blank(1, 3, C)
+        x[0, 1, index] = bad
+        ops.rmsnorm_forward(out, blank(1, 3), x, np.ones(C, np.float32), EPS, 0.0)
+        assert np.isnan(out[0, 1, index]) and (np.isnan(bad) <= np.isnan(out[0, 1]).all())
+        assert np.isfinite(out[0, [0, 2]]).all()
+
+
+@pytest.mark.parametrize("B, T, C", SHAPES)
+def test_rms_residual_forward(ops: ModuleType, rng: Generator, B: int, T: int, C: int) -> None:
+    """total, which may be x or branch, is the sum as float32 rounds it; what is normed is that."""
+    x, branch, w = floats(rng, B, T, C), floats(rng, B, T, C, scale=0.3), floats(rng, C)
+    op, total = "residual_rmsnorm_forward", x + branch
+    exact = {"out": np.empty(x.shape), "rstd": np.empty((B, T))}
+    reference.rmsnorm_forward(exact["out"], exact["rstd"], total, w, EPS, 1.0)
+    bounds = rms_bounds(total, w, EPS, 1.0)
+    values = (blank(B, T, C), blank(B, T, C), blank(B, T), x, branch, w, EPS, 1.0)
+    for alias in ({}, {"total": "x"}, {"total": "branch"}):
+        for place in PLACES:
+            found = call(ops, op, dict(zip(names(op), values, strict=True)), place, alias)
+            assert found["total"].tobytes() == total.tobytes()
+            for name, expected in exact.items():
+                compare(f"{op}, flush at the {place}", name, found[name], expected, bounds[name])
+
+
+def rms_backward_bounds(
+    dx: Array, dw: Array, dout: Array, x: Array, rstd: Array, w: Array, offset: float, accumulate: bool
+) -> dict[str, Array]:
+    """n = x rstd is off by a unit, g = dout (offset + w) by two, their product by four; then the mean of the row."""
+    dout, x, rstd, w = (array.astype(np.float64) for array in (dout, x, rstd, w))
+    B, T, C = x.shape
+    r = rstd[..., None]
+    normed, g = x * r, dout * (offset + w)
+    high = np.abs(g * normed).mean(axis=-1, keepdims=True)
+    mean = np.abs((g * normed).mean(axis=-1, keepdims=True))
+    row = np.abs(normed) * ((summed(C) + 5) * high + 3 * mean) + 4 * np.abs(g)
+    before = np.abs(dx) + r * (np.abs(g) + np.abs(normed) * mean)
+    bound_w = (np.abs(dout) * np.abs(normed)).sum(axis=(0, 1)) + (np.abs(dw) if accumulate else 0)
+    return {"dx": UNIT * (r * row + 2 * before) + TINY, "dw": UNIT * (summed(B * T) + 3) * bound_w + TINY}
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("B, T, C", SHAPES)
+def test_rms_backward(ops: ModuleType, rng: Generator, B: int, T: int, C: int, accumulate: bool) -> None:
+    x, w, rstd = floats(rng, B, T, C), floats(rng, C), blank(B, T)
+    reference.rmsnorm_forward(np.empty(x.shape), rstd, x, w, EPS, 0.0)
+    given = (floats(rng, B, T, C), floats(rng, C), floats(rng, B, T, C), x, rstd, w)
+    for offset in OFFSETS:
+        bounds = rms_backward_bounds(*given, offset, accumulate)
+        check(ops, "rmsnorm_backward", (*given, offset, accumulate), bounds)
+        without = (given[0], None, *given[2:], offset, accumulate)
+        check(ops, "rmsnorm_backward", without, {"dx": bounds["dx"]})
+
+
+def test_rms_backward_uses_what_was_saved(ops: ModuleType, rng: Generator) -> None:
+    """rstd is taken as given, whatever x says."""
+    outputs = floats(rng, 2, 3, 33), floats(rng, 33)
+    given = (*outputs, floats(rng, 2, 3, 33), floats(rng, 2, 3, 33), 1 + floats(rng, 2, 3) ** 2, floats(rng, 33))
+    check(ops, "rmsnorm_backward", (*given, 1.0, True), rms_backward_bounds(*given, 1.0, True))

@@ -14,6 +14,10 @@ cdef extern from "simd/kernels.h" nogil:
                           Py_ssize_t ldw, Py_ssize_t K, Py_ssize_t n, const float *bias,
                           float *scratch) noexcept nogil
 
+    ctypedef void GateForward(float *out, const float *gate, const float *up, Py_ssize_t n) noexcept nogil
+    ctypedef void GateBackward(float *dgate, float *dup, const float *dout, const float *gate, const float *up,
+                               Py_ssize_t n) noexcept nogil
+
     ctypedef struct Kernels:
         const char *name
         int tile_rows, tile_rows_bf16, tile_columns, has_dot
@@ -30,15 +34,26 @@ cdef extern from "simd/kernels.h" nogil:
                               Py_ssize_t C, float eps) noexcept nogil
         void (*layernorm_backward_row)(float *dx, float *dw, float *db, const float *dout, const float *x,
                                        const float *w, float mean, float rstd, Py_ssize_t C) noexcept nogil
+        void (*rmsnorm_row)(float *out, float *rstd, const float *x, const float *w, Py_ssize_t C, float eps,
+                            float offset) noexcept nogil
+        void (*rmsnorm_backward_row)(float *dx, float *dw, const float *dout, const float *x, const float *w, float rstd,
+                                     Py_ssize_t C, float offset) noexcept nogil
+        void (*rope_row)(float *x, const float *table, Py_ssize_t heads, Py_ssize_t D, float direction) noexcept nogil
         float (*softmax_block)(float *s, Py_ssize_t n, Py_ssize_t width, float scale, float *m,
                                float *l) noexcept nogil
         void (*softmax_backward_block)(float *s, float *dp, Py_ssize_t n, Py_ssize_t width, float scale,
                                        float softcap, float lse, float delta) noexcept nogil
         float (*crossentropy_row)(float *logits, Py_ssize_t V, Py_ssize_t target, float scale,
                                   int train) noexcept nogil
+        float (*capped_crossentropy_row)(float *logits, Py_ssize_t V, Py_ssize_t target, float scale, float cap,
+                                         int train) noexcept nogil
 
         void (*gelu_forward_span)(float *out, const float *x, Py_ssize_t n) noexcept nogil
         void (*gelu_backward_span)(float *dx, const float *dout, const float *x, Py_ssize_t n) noexcept nogil
+        GateForward *swiglu_forward_span
+        GateForward *geglu_forward_span
+        GateBackward *swiglu_backward_span
+        GateBackward *geglu_backward_span
         void (*add_span)(float *out, const float *a, const float *b, Py_ssize_t n) noexcept nogil
         void (*scale_span)(float *x, float factor, Py_ssize_t n) noexcept nogil
         void (*axpy_span)(float *y, float factor, const float *x, Py_ssize_t n) noexcept nogil
@@ -63,4 +78,5 @@ cdef Gemm *gemm
 cdef int tile_rows
 cdef bint packs_rows
 cdef int threads
+cdef int team(Py_ssize_t tasks) noexcept nogil
 cdef Py_ssize_t gemm_scratch(str name) except -1

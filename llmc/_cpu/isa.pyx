@@ -52,6 +52,11 @@ packs_rows = False  # whether gemm packs rows of A too, and does not use them wh
 threads = 1
 
 
+cdef int team(Py_ssize_t tasks) noexcept nogil:
+    """How many threads share so many tasks: with one there is no team to be called together."""
+    return <int> max(1, min(<Py_ssize_t> threads, tasks))
+
+
 def all_isas():
     """Names of the kernel tables that were built; the last that the CPU can run is the default."""
     cdef int count = 0

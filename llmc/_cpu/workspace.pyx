@@ -8,6 +8,7 @@ partial sums.
 import math
 import mmap
 
+import ml_dtypes  # noqa: F401 - makes NumPy know the name "bfloat16"
 import numpy as np
 
 from llmc._cpu cimport isa
@@ -68,11 +69,11 @@ def _shared_size(channels, vocab_size, parameters):
     )
 
 
-def workspace_nbytes(channels, vocab_size, parameters, tokens, heads):
+def workspace_nbytes(channels, vocab_size, parameters, tokens, heads, head_size):
     return {"shared": _shared_size(channels, vocab_size, parameters), "threads": _scratch_owner.nbytes}
 
 
-def reserve(channels, vocab_size, parameters, tokens, heads):
+def reserve(channels, vocab_size, parameters, tokens, heads, head_size):
     global _shared_owner, _shared, _shared_nbytes
     cdef unsigned char[::1] view
     nbytes = _shared_size(channels, vocab_size, parameters)
@@ -92,5 +93,5 @@ cdef float *shared(Py_ssize_t nbytes) except NULL:
     if nbytes > _shared_nbytes:
         raise RuntimeError(f"workspace of {_shared_nbytes:,} bytes is too small for {nbytes:,}: call reserve() first")
     if _shared == NULL:
-        reserve(1, 1, 1, 1, 1)
+        reserve(1, 1, 1, 1, 1, 1)
     return <float *> _shared

@@ -234,17 +234,16 @@ class Plan:
         )  # fmt: skip
         return value.value
 
-    def run(self, handle: c_void_p, out: int, a: int, b: int, workspace: tuple[int, int], stream: int) -> None:
-        """Send the product to the stream; `choose` has found how."""
-        algorithm, beta = self._algorithm, _ONE if self.problem.beta else _ZERO
+    def run(
+        self, handle: c_void_p, out: int, a: int, b: int, workspace: tuple[int, int], stream: int, alpha: float = 1.0
+    ) -> None:
+        """Send the product, times alpha, to the stream; `choose` has found how."""
+        algorithm, beta = self._algorithm, c_float(self.problem.beta)
         assert algorithm is not None
         self._lib.call(
-            "cublasLtMatmul", handle, self.desc, byref(_ONE), b, self.A, a, self.B, byref(beta), out, self.D, out,
-            self.D, byref(algorithm), *workspace, stream, about=self.problem,
+            "cublasLtMatmul", handle, self.desc, byref(c_float(alpha)), b, self.A, a, self.B, byref(beta), out, self.D,
+            out, self.D, byref(algorithm), *workspace, stream, about=self.problem,
         )  # fmt: skip
-
-
-_ZERO, _ONE = c_float(0.0), c_float(1.0)
 
 
 class Multiplier:
@@ -288,11 +287,11 @@ class Multiplier:
 
     def matmul(
         self, out: int, a: int, b: int, M: int, N: int, K: int, *, ta: bool, tb: bool, lda: int, ldb: int, ldo: int,
-        operands: str, result: str, compute: int, beta: int = 0, epilogue: int = DEFAULT, bias: int = 0, aux: int = 0,
-        ldaux: int = 0,
+        operands: str, result: str, compute: int, alpha: float = 1.0, beta: int = 0, epilogue: int = DEFAULT,
+        bias: int = 0, aux: int = 0, ldaux: int = 0,
     ) -> bool:
-        """out (M,N) = epilogue(op(a) (M,K) @ op(b) (K,N) + beta * out), all row-major; False, with nothing done, where
-        the library has no algorithm for it, or a worse one than without the epilogue.
+        """out (M,N) = epilogue(alpha * op(a) (M,K) @ op(b) (K,N) + beta * out), all row-major; False, with nothing
+        done, where the library has no algorithm for it, or a worse one than without the epilogue.
 
         `lda`, `ldb`, `ldo`, `ldaux` count elements from row to row in memory.  By `epilogue`:
 
@@ -311,5 +310,5 @@ class Multiplier:
         if plan is None:
             return False
         plan.point(bias, aux)
-        plan.run(self._handle, out, a, b, self._workspace, self._stream)
+        plan.run(self._handle, out, a, b, self._workspace, self._stream, alpha)
         return True

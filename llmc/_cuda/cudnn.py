@@ -1,11 +1,13 @@
 """Attention by cuDNN, where its Python frontend is installed: the optional fast path of bfloat16.
 
-    S = q k^T / sqrt(D), causal;  lse = log sum exp S;  out = exp(S - lse) v
+    S = scale q k^T, causal;  lse = log sum exp S;  out = exp(S - lse) v
 
 A plan is a graph of one node (`sdpa` or `sdpa_backward`) for one shape, with the scratch that cuDNN asks for.  It is
 made at the first call of its shape, which is why `graphs.record` calls a function before it captures it: making one
-allocates, and cuDNN may load code.  Queries, keys and values are views of qkv: (B,H,T,D) with the strides of
-(B,T,3,H,D); nothing is transposed.  The backward pass is asked to be deterministic.
+allocates, and cuDNN may load code.  Queries, keys and values are views of qkv: (B,H,T,D) and (B,G,T,D) with the
+strides of (B,T,H + 2 G,D); nothing is transposed.  H / G neighbouring heads of queries share one of keys and values, as
+cuDNN has it too, which makes the gradients of these for each head of queries, rounds them and adds.  The backward pass
+is asked to be deterministic.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ from __future__ import annotations
 import atexit
 import ctypes
 import functools
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -29,10 +30,14 @@ Q, K, V, OUT, LSE, DOUT, DQ, DK, DV = range(1, 10)  # of the tensors in a graph
 
 
 class _Shape(NamedTuple):
+    """What a graph is made for: the contract's letters, and what scores are multiplied by."""
+
     B: int
     H: int
+    G: int
     T: int
     D: int
+    scale: float
 
 
 class _Plan(NamedTuple):
@@ -81,32 +86,34 @@ def _preload() -> None:
             continue
 
 
-def scratch_nbytes(channels: int, tokens: int, heads: int) -> int:
+def scratch_nbytes(tokens: int, heads: int, head_size: int) -> int:
     """About what the plans of one shape take beside their arguments, for memory plans: cuDNN tells when it has made
-    them.  Its backward pass sums dq in float32, and has two numbers for each row."""
-    return 4 * tokens * channels + 8 * tokens * heads + SPARE_NBYTES
+    them.  Its backward pass sums dq in float32, may have dk and dv of every head of queries, and two numbers for each
+    row."""
+    return (4 + 2 * 2) * tokens * heads * head_size + 8 * tokens * heads + SPARE_NBYTES
 
 
-def forward(out: Any, lse: Any, qkv: Any) -> None:
-    """`ops.attention_forward` with out (B,T,C), qkv (B,T,3C) bfloat16 and lse (B,H,T) float32.
+def forward(out: Any, lse: Any, qkv: Any, G: int, scale: float) -> None:
+    """`ops.attention_forward` without window and soft-cap: out (B,T,H D) and qkv (B,T,(H + 2 G) D) bfloat16,
+    lse (B,H,T) float32.
 
     DeviceError, with cuDNN's own words, for what it does not support: head sizes that are no multiple of 8, or large.
     """
-    shape = _shape(lse, qkv)
+    shape = _shape(out, lse, qkv, G, scale)
     if 0 in shape:
         return
-    q, k, v = _thirds(qkv)
+    q, k, v = _parts(qkv, shape)
     with _reported(shape):
         _run(_plan("forward", shape, _build_forward), {Q: q, K: k, V: v, OUT: out.ptr, LSE: lse.ptr})
 
 
-def backward(dqkv: Any, dout: Any, qkv: Any, out: Any, lse: Any) -> None:
+def backward(dqkv: Any, dout: Any, qkv: Any, out: Any, lse: Any, G: int, scale: float) -> None:
     """`ops.attention_backward`; types and errors as in `forward`.  dqkv shares its memory with no other."""
-    shape = _shape(lse, qkv)
+    shape = _shape(out, lse, qkv, G, scale)
     if 0 in shape:
         return
-    q, k, v = _thirds(qkv)
-    dq, dk, dv = _thirds(dqkv)
+    q, k, v = _parts(qkv, shape)
+    dq, dk, dv = _parts(dqkv, shape)
     with _reported(shape):
         _run(
             _plan("backward", shape, _build_backward),
@@ -114,17 +121,17 @@ def backward(dqkv: Any, dout: Any, qkv: Any, out: Any, lse: Any) -> None:
         )
 
 
-def _shape(lse: Any, qkv: Any) -> _Shape:
+def _shape(out: Any, lse: Any, qkv: Any, G: int, scale: float) -> _Shape:
     if qkv.dtype.name != "bfloat16":
         raise TypeError(f"qkv: cuDNN's attention takes bfloat16, got {qkv.dtype.name}")
     B, H, T = lse.shape
-    return _Shape(B, H, T, qkv.shape[-1] // 3 // max(1, H))
+    return _Shape(B, H, G, T, out.shape[-1] // max(1, H), scale)
 
 
-def _thirds(qkv: Any) -> tuple[int, int, int]:
+def _parts(qkv: Any, shape: _Shape) -> tuple[int, int, int]:
     """Where the first query, key and value lie."""
-    step = qkv.shape[-1] // 3 * qkv.itemsize
-    return qkv.ptr, qkv.ptr + step, qkv.ptr + 2 * step
+    head = shape.D * qkv.itemsize
+    return qkv.ptr, qkv.ptr + shape.H * head, qkv.ptr + (shape.H + shape.G) * head
 
 
 @contextmanager
@@ -134,10 +141,10 @@ def _reported(shape: _Shape) -> Iterator[None]:
     except (DeviceError, MemoryError):
         raise
     except Exception as error:  # its own types, and RuntimeError, ValueError of the binding
-        B, H, T, D = shape
         said = " ".join(str(error).split()) or type(error).__name__
+        heads = f"{shape.H} heads of {shape.D}" + (f" on {shape.G}" if shape.G != shape.H else "")
         raise DeviceError(
-            f"cuDNN's attention, B={B} T={T}, {H} heads of {D}: {said} (--attention own does without it)"
+            f"cuDNN's attention, B={shape.B} T={shape.T}, {heads}: {said} (--attention own does without it)"
         ) from error
 
 
@@ -185,26 +192,15 @@ def _graph(handle: Any) -> Any:
     )  # fmt: skip
 
 
-def _dims(shape: _Shape) -> list[int]:
-    return list(shape)
+def _view(shape: _Shape, heads: int, packed: bool) -> dict[str, list[int]]:
+    """Sizes and strides of some of the heads of (B,T,H + 2 G,D), or of all of (B,T,H,D), as (B,heads,T,D)."""
+    width = (shape.H + 2 * shape.G if packed else shape.H) * shape.D
+    return {"dim": [shape.B, heads, shape.T, shape.D], "stride": [shape.T * width, shape.D, width, 1]}
 
 
-def _packed(shape: _Shape) -> list[int]:
-    """Strides of a third of (B,T,3,H,D), seen as (B,H,T,D)."""
-    _, H, T, D = shape
-    return [3 * T * H * D, D, 3 * H * D, 1]
-
-
-def _plain(shape: _Shape) -> list[int]:
-    """Strides of (B,T,H,D), seen as (B,H,T,D)."""
-    _, H, T, D = shape
-    return [T * H * D, D, H * D, 1]
-
-
-def _rows(shape: _Shape) -> tuple[list[int], list[int]]:
+def _rows(shape: _Shape) -> dict[str, list[int]]:
     """Sizes and strides of lse, as cuDNN sees it."""
-    B, H, T, _ = shape
-    return [B, H, T, 1], [H * T, T, 1, 1]
+    return {"dim": [shape.B, shape.H, shape.T, 1], "stride": [shape.H * shape.T, shape.T, 1, 1]}
 
 
 def _attention(shape: _Shape) -> dict[str, Any]:
@@ -212,9 +208,14 @@ def _attention(shape: _Shape) -> dict[str, Any]:
     import cudnn
 
     return {
-        "attn_scale": 1.0 / math.sqrt(shape.D), "diagonal_alignment": cudnn.diagonal_alignment.TOP_LEFT,
+        "attn_scale": shape.scale, "diagonal_alignment": cudnn.diagonal_alignment.TOP_LEFT,
         "diagonal_band_right_bound": 0,
     }  # fmt: skip
+
+
+def _give(tensor: Any, uid: int, view: dict[str, list[int]]) -> Any:
+    """Make a tensor of the graph an output, at a place of its own."""
+    return tensor.set_output(True).set_uid(uid).set_dim(view["dim"]).set_stride(view["stride"])
 
 
 def _build_forward(handle: Any, shape: _Shape) -> Any:
@@ -222,13 +223,12 @@ def _build_forward(handle: Any, shape: _Shape) -> Any:
 
     graph = _graph(handle)
     q, k, v = (
-        graph.tensor(name=name, dim=_dims(shape), stride=_packed(shape), uid=uid)
-        for name, uid in (("q", Q), ("k", K), ("v", V))
+        graph.tensor(name=name, uid=uid, **_view(shape, heads, True))
+        for name, uid, heads in (("q", Q, shape.H), ("k", K, shape.G), ("v", V, shape.G))
     )
     out, lse = graph.sdpa(q=q, k=k, v=v, generate_stats=True, **_attention(shape))
-    out.set_output(True).set_uid(OUT).set_dim(_dims(shape)).set_stride(_plain(shape))
-    sizes, strides = _rows(shape)
-    lse.set_output(True).set_uid(LSE).set_dim(sizes).set_stride(strides).set_data_type(cudnn.data_type.FLOAT)
+    _give(out, OUT, _view(shape, shape.H, False))
+    _give(lse, LSE, _rows(shape)).set_data_type(cudnn.data_type.FLOAT)
     return graph
 
 
@@ -237,16 +237,16 @@ def _build_backward(handle: Any, shape: _Shape) -> Any:
 
     graph = _graph(handle)
     q, k, v, out, dout = (
-        graph.tensor(name=name, dim=_dims(shape), stride=strides(shape), uid=uid)
-        for name, uid, strides in (
-            ("q", Q, _packed), ("k", K, _packed), ("v", V, _packed), ("out", OUT, _plain), ("dout", DOUT, _plain),
+        graph.tensor(name=name, uid=uid, **_view(shape, heads, packed))
+        for name, uid, heads, packed in (
+            ("q", Q, shape.H, True), ("k", K, shape.G, True), ("v", V, shape.G, True), ("out", OUT, shape.H, False),
+            ("dout", DOUT, shape.H, False),
         )
     )  # fmt: skip
-    sizes, strides = _rows(shape)
-    lse = graph.tensor(name="lse", dim=sizes, stride=strides, uid=LSE, data_type=cudnn.data_type.FLOAT)
+    lse = graph.tensor(name="lse", uid=LSE, data_type=cudnn.data_type.FLOAT, **_rows(shape))
     gradients = graph.sdpa_backward(
         q=q, k=k, v=v, o=out, dO=dout, stats=lse, use_deterministic_algorithm=True, **_attention(shape)
     )
-    for tensor, uid in zip(gradients, (DQ, DK, DV), strict=True):
-        tensor.set_output(True).set_uid(uid).set_dim(_dims(shape)).set_stride(_packed(shape))
+    for tensor, uid, heads in zip(gradients, (DQ, DK, DV), (shape.H, shape.G, shape.G), strict=True):
+        _give(tensor, uid, _view(shape, heads, True))
     return graph

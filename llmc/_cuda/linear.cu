@@ -1,6 +1,6 @@
 // Products of row-major matrices, and the sums of columns that a bias's gradient is.
 //
-//     out (M,N) = finish(op(a) (M,K) op(b) (K,N) + beta out)
+//     out (M,N) = finish(alpha op(a) (M,K) op(b) (K,N) + beta out)
 //
 // A block of 256 threads owns 128 x 128 elements of out and walks along K in steps of 16 (float32) or 32 (bfloat16).  A
 // step's tiles of a and b lie in shared memory, a ring of STAGES of them, so that the next ones come while this one is
@@ -28,6 +28,7 @@ struct Output {
     int M, N;
     long long ld;
     int finish, beta, single;
+    float alpha;
 };
 
 // Pairs, which is what a thread has side by side after mma.sync.
@@ -78,6 +79,8 @@ __device__ __forceinline__ void write(T *x, long long ld, int m, int n, int N, c
 // out[m, n .. n+W-1] from the sums x.  Reads bias, aux or the old out, writes aux and out: each element once.
 template <int W> __device__ __forceinline__ void finish(const Output &o, int m, int n, float (&x)[W]) {
     if (m >= o.M || n >= o.N) return;
+#pragma unroll
+    for (int i = 0; i < W; i++) x[i] *= o.alpha;
     if (o.bias != nullptr) {
 #pragma unroll
         for (int i = 0; i < W; i++) x[i] += n + i < o.N ? to_float(o.bias[n + i]) : 0.0f;
@@ -324,9 +327,9 @@ __device__ __forceinline__ void product(floatX *shared, const Output &o, const M
 #define GEMM(NAME, TA, TB)                                                                                             \
     extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
         NAME(void *out, const floatX *a, const floatX *b, const floatX *bias, floatX *aux, int M, int N, int K,        \
-             long long lda, long long ldb, long long ldo, int finish, int beta, int single) {                          \
+             long long lda, long long ldb, long long ldo, int finish, int beta, int single, float alpha) {             \
         SHARED(floatX, shared);                                                                                        \
-        Output o = {out, bias, aux, M, N, ldo, finish, beta, single};                                                  \
+        Output o = {out, bias, aux, M, N, ldo, finish, beta, single, alpha};                                           \
         Matrix left = TA ? matrix(a, lda, K, M) : matrix(a, lda, M, K);                                                \
         Matrix right = TB ? matrix(b, ldb, N, K) : matrix(b, ldb, K, N);                                               \
         product<TA, TB>(shared, o, left, right, K);                                                                    \

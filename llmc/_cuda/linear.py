@@ -1,4 +1,5 @@
-"""Linear layers, y = x w^T + b, dx = dy w, dw = dy^T x; and `gemm`, the product that the head is made of.
+"""Linear layers, y = x w^T + b, dx = dy w, dw = dy^T x, and their adapters; `gemm`, the product that these and the head
+are made of.
 
 cuBLASLt multiplies (`cublaslt.py`), or with `--gemm own` the kernels of `linear.cu`; all matrices are row-major here.
 What follows a product is done in the same kernel where that pays: a bias always; GELU and its derivative always in the
@@ -10,6 +11,7 @@ or by the own kernels: see `declined`.
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 from llmc._cuda import activation, check, cublaslt, device
@@ -30,16 +32,16 @@ COLUMNS = 4096  # that are summed at a time; their partial sums are what the wor
 HOPPER = (9, 0)
 
 _KERNELS = {  # by ta and tb
-    (False, False): Kernel("linear", "gemm_nn", "PPPPPiiiqqqiii"),
-    (False, True): Kernel("linear", "gemm_nt", "PPPPPiiiqqqiii"),
-    (True, False): Kernel("linear", "gemm_tn", "PPPPPiiiqqqiii"),
-    (True, True): Kernel("linear", "gemm_tt", "PPPPPiiiqqqiii"),
+    (False, False): Kernel("linear", "gemm_nn", "PPPPPiiiqqqiiif"),
+    (False, True): Kernel("linear", "gemm_nt", "PPPPPiiiqqqiiif"),
+    (True, False): Kernel("linear", "gemm_tn", "PPPPPiiiqqqiiif"),
+    (True, True): Kernel("linear", "gemm_tt", "PPPPPiiiqqqiiif"),
 }
 _partials = Kernel("linear", "column_partials", "PPiiqi")
 _totals = Kernel("linear", "column_totals", "PPiii")
 
 
-def scratch_nbytes(channels: int, vocab_size: int, parameters: int, tokens: int, heads: int) -> int:
+def scratch_nbytes(channels: int, vocab_size: int, parameters: int, tokens: int, heads: int, head_size: int) -> int:
     """Bytes of the workspace for the sums of a bias's gradient."""
     return _chunks(tokens)[1] * COLUMNS * 4
 
@@ -49,9 +51,10 @@ def scratch_nbytes(channels: int, vocab_size: int, parameters: int, tokens: int,
 
 def gemm(
     out: Pointer, a: Pointer, b: Pointer, M: int, N: int, K: int, *, ta: bool = False, tb: bool = False,
-    beta: int = 0, lda: int | None = None, ldb: int | None = None, ldo: int | None = None, single: bool = False,
+    alpha: float = 1.0, beta: int = 0, lda: int | None = None, ldb: int | None = None, ldo: int | None = None,
+    single: bool = False,
 ) -> None:
-    """out (M,N) = op(a) (M,K) @ op(b) (K,N) + beta * out.
+    """out (M,N) = alpha * op(a) (M,K) @ op(b) (K,N) + beta * out.
 
     a, b and out are of the storage type, out of float32 with `single`.  op(a) is a or, with `ta`, the transpose of
     what lies in memory as (K,M); so is op(b) with `tb`, in memory (N,K).  `lda`, `ldb`, `ldo` are the elements from one
@@ -65,7 +68,7 @@ def gemm(
         dw (V,C) += dlogits^T x   gemm(dw, dlogits, x, V, C, n, ta=True, lda=Vp, beta=1)
         dx (n,C) = dlogits w      gemm(dx, dlogits, w, n, C, V, lda=Vp)
     """
-    _product(out, a, b, M, N, K, ta=ta, tb=tb, beta=beta, lda=lda, ldb=ldb, ldo=ldo, single=single)
+    _product(out, a, b, M, N, K, ta=ta, tb=tb, alpha=alpha, beta=beta, lda=lda, ldb=ldb, ldo=ldo, single=single)
 
 
 def declined() -> list[str]:
@@ -83,9 +86,10 @@ def _product(
 
 
 def _by_library(
-    out: Pointer, a: Pointer, b: Pointer, M: int, N: int, K: int, *, ta: bool = False, tb: bool = False, beta: int = 0,
-    lda: int | None = None, ldb: int | None = None, ldo: int | None = None, single: bool = False,
-    epilogue: int = cublaslt.DEFAULT, bias: DeviceArray | None = None, aux: DeviceArray | None = None,
+    out: Pointer, a: Pointer, b: Pointer, M: int, N: int, K: int, *, ta: bool = False, tb: bool = False,
+    alpha: float = 1.0, beta: int = 0, lda: int | None = None, ldb: int | None = None, ldo: int | None = None,
+    single: bool = False, epilogue: int = cublaslt.DEFAULT, bias: DeviceArray | None = None,
+    aux: DeviceArray | None = None,
 ) -> bool:
     """The product by cuBLASLt; False, with nothing done, where it is not to be had.  aux (M,N) is dense."""
     if device.gemm != "cublaslt" or not M * N * K:
@@ -94,19 +98,19 @@ def _by_library(
         _address(out), _address(a), _address(b), M, N, K, ta=ta, tb=tb, lda=_rows(lda, ta, M, K),
         ldb=_rows(ldb, tb, K, N), ldo=_rows(ldo, False, M, N), operands=device.storage.name,
         result="float32" if single else device.storage.name,
-        compute=cublaslt.COMPUTE_32F_FAST_TF32 if device.dtype == "tf32" else cublaslt.COMPUTE_32F, beta=beta,
-        epilogue=epilogue, bias=_address(bias), aux=_address(aux), ldaux=0 if aux is None else N,
+        compute=cublaslt.COMPUTE_32F_FAST_TF32 if device.dtype == "tf32" else cublaslt.COMPUTE_32F, alpha=alpha,
+        beta=beta, epilogue=epilogue, bias=_address(bias), aux=_address(aux), ldaux=0 if aux is None else N,
     )  # fmt: skip
 
 
 def _by_kernel(
-    out: Pointer, a: Pointer, b: Pointer, M: int, N: int, K: int, *, ta: bool = False, tb: bool = False, beta: int = 0,
-    lda: int | None = None, ldb: int | None = None, ldo: int | None = None, single: bool = False,
-    finish: int = PLAIN, bias: DeviceArray | None = None, aux: DeviceArray | None = None,
+    out: Pointer, a: Pointer, b: Pointer, M: int, N: int, K: int, *, ta: bool = False, tb: bool = False,
+    alpha: float = 1.0, beta: int = 0, lda: int | None = None, ldb: int | None = None, ldo: int | None = None,
+    single: bool = False, finish: int = PLAIN, bias: DeviceArray | None = None, aux: DeviceArray | None = None,
 ) -> None:
     _KERNELS[bool(ta), bool(tb)](
         (-(-N // BN), -(-M // BM)), THREADS, _address(out), _address(a), _address(b), bias, aux, M, N, K,
-        _rows(lda, ta, M, K), _rows(ldb, tb, K, N), _rows(ldo, False, M, N), finish, int(beta), int(single),
+        _rows(lda, ta, M, K), _rows(ldb, tb, K, N), _rows(ldo, False, M, N), finish, int(beta), int(single), alpha,
         shared=SHARED[device.storage.name],
     )  # fmt: skip
 
@@ -162,26 +166,31 @@ def _check_forward(out: DeviceArray, x: DeviceArray, w: DeviceArray, b: DeviceAr
 
 
 def _check_backward(
-    dx: DeviceArray, dw: DeviceArray, db: DeviceArray | None, dout: DeviceArray, x: DeviceArray, w: DeviceArray,
+    dx: DeviceArray, dw: DeviceArray | None, db: DeviceArray | None, dout: DeviceArray, x: DeviceArray, w: DeviceArray,
     dx_name: str = "dx",
 ) -> tuple[int, int, int]:
     """M, N, K as in the forward pass."""
     K, N = check.cube("x", x).shape[2], check.matrix("w", w).shape[0]
     check.cube(dx_name, dx)
-    check.matrix("dw", dw)
     check.cube("dout", dout)
     check.expect("w", w.shape, (N, K))
-    check.expect("dw", dw.shape, (N, K))
+    if dw is not None:
+        check.expect("dw", check.matrix("dw", dw).shape, (N, K))
     check.expect(dx_name, dx.shape, x.shape)
     check.expect("dout", dout.shape, (*x.shape[:2], N))
     if db is not None:
         check.expect("db", check.vector("db", db).shape, (N,))
+        if dw is None:
+            raise ValueError("db: must be None where dw is")
     return x.shape[0] * x.shape[1], N, K
 
 
 def _parameter_gradients(
-    dw: DeviceArray, db: DeviceArray | None, dout: DeviceArray, x: DeviceArray, M: int, N: int, K: int, accumulate: bool
+    dw: DeviceArray | None, db: DeviceArray | None, dout: DeviceArray, x: DeviceArray, M: int, N: int, K: int,
+    accumulate: bool,
 ) -> None:
+    if dw is None:
+        return
     if db is not None and not accumulate:
         if _by_library(dw, dout, x, N, K, M, ta=True, epilogue=cublaslt.BGRADB, bias=db):
             return
@@ -203,7 +212,7 @@ def linear_forward(out: DeviceArray, x: DeviceArray, w: DeviceArray, b: DeviceAr
 
 
 def linear_backward(
-    dx: DeviceArray, dw: DeviceArray, db: DeviceArray | None, dout: DeviceArray, x: DeviceArray, w: DeviceArray,
+    dx: DeviceArray, dw: DeviceArray | None, db: DeviceArray | None, dout: DeviceArray, x: DeviceArray, w: DeviceArray,
     accumulate: bool,
 ) -> None:
     M, N, K = _check_backward(dx, dw, db, dout, x, w)
@@ -228,8 +237,8 @@ def linear_gelu_forward(
 
 
 def gelu_linear_backward(
-    dpre: DeviceArray, dw: DeviceArray, db: DeviceArray | None, dout: DeviceArray, pre: DeviceArray, x: DeviceArray,
-    w: DeviceArray, accumulate: bool,
+    dpre: DeviceArray, dw: DeviceArray | None, db: DeviceArray | None, dout: DeviceArray, pre: DeviceArray,
+    x: DeviceArray, w: DeviceArray, accumulate: bool,
 ) -> None:
     M, N, K = _check_backward(dpre, dw, db, dout, x, w, "dpre")
     check.expect("pre", check.cube("pre", pre).shape, x.shape)
@@ -241,3 +250,53 @@ def gelu_linear_backward(
         return
     _product(dpre, dout, w, M, K, N)
     activation.gelu_backward(dpre, dpre, pre)
+
+
+# ---- adapters --------------------------------------------------------------------------------------
+
+
+def _adapter(
+    wide_name: str, wide: DeviceArray, hidden: DeviceArray, hidden_name: str, b: DeviceArray, column: int
+) -> tuple[int, int, int, int, int]:
+    """B T, N, r, n and the address of the columns of `wide` (B,T,N) from `column` on, which `b` (n,r) is for."""
+    B, T, N = check.cube(wide_name, wide).shape
+    n, r = check.matrix("b", b).shape
+    check.expect(hidden_name, check.cube(hidden_name, hidden).shape, (B, T, r))
+    column = operator.index(column)
+    if not 0 <= column <= N - n:
+        raise ValueError(f"column: {n} columns from {column} exceed the {N} of {wide_name}")
+    return B * T, N, r, n, wide.ptr + column * wide.itemsize
+
+
+def lora_forward(
+    out: DeviceArray, hidden: DeviceArray, x: DeviceArray, a: DeviceArray, b: DeviceArray, scale: float, column: int
+) -> None:
+    M, N, r, n, part = _adapter("out", out, hidden, "hidden", b, column)
+    K = check.cube("x", x).shape[2]
+    check.expect("x", x.shape, (*out.shape[:2], K))
+    check.expect("a", check.matrix("a", a).shape, (r, K))
+    gemm(hidden, x, a, M, r, K, tb=True, alpha=scale)
+    gemm(part, hidden, b, M, n, r, tb=True, beta=1, ldo=N)
+
+
+def lora_backward(
+    da: DeviceArray, db: DeviceArray, dhidden: DeviceArray, dout: DeviceArray, hidden: DeviceArray, x: DeviceArray,
+    b: DeviceArray, scale: float, column: int, accumulate: bool,
+) -> None:
+    M, N, r, n, part = _adapter("dout", dout, hidden, "hidden", b, column)
+    K = check.cube("x", x).shape[2]
+    check.expect("x", x.shape, (*dout.shape[:2], K))
+    check.expect("da", check.matrix("da", da).shape, (r, K))
+    check.expect("db", check.matrix("db", db).shape, (n, r))
+    check.expect("dhidden", check.cube("dhidden", dhidden).shape, hidden.shape)
+    gemm(db, part, hidden, n, r, M, ta=True, lda=N, beta=int(accumulate))
+    gemm(dhidden, part, b, M, r, n, lda=N, alpha=scale)
+    gemm(da, dhidden, x, r, K, M, ta=True, beta=int(accumulate))
+
+
+def lora_backward_input(dx: DeviceArray, dhidden: DeviceArray, a: DeviceArray) -> None:
+    B, T, K = check.cube("dx", dx).shape
+    r = check.matrix("a", a).shape[0]
+    check.expect("a", a.shape, (r, K))
+    check.expect("dhidden", check.cube("dhidden", dhidden).shape, (B, T, r))
+    gemm(dx, dhidden, a, B * T, K, r, beta=1)

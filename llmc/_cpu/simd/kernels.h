@@ -22,6 +22,9 @@ typedef void Gemm(float *c, ptrdiff_t ldc, const float *a, ptrdiff_t a_rs, ptrdi
 typedef void DotRows(float *out, ptrdiff_t ldo, const float *x, ptrdiff_t ldx, ptrdiff_t M, const void *w,
                      ptrdiff_t ldw, ptrdiff_t K, ptrdiff_t n, const float *bias, float *scratch);
 
+typedef void GateForward(float *out, const float *gate, const float *up, ptrdiff_t n);
+typedef void GateBackward(float *dgate, float *dup, const float *dout, const float *gate, const float *up, ptrdiff_t n);
+
 typedef struct Kernels {
     const char *name;
     int tile_rows, tile_rows_bf16, tile_columns;
@@ -36,13 +39,20 @@ typedef struct Kernels {
                           ptrdiff_t C, float eps);
     void (*layernorm_backward_row)(float *dx, float *dw, float *db, const float *dout, const float *x, const float *w,
                                    float mean, float rstd, ptrdiff_t C);
+    void (*rmsnorm_row)(float *out, float *rstd, const float *x, const float *w, ptrdiff_t C, float eps, float offset);
+    void (*rmsnorm_backward_row)(float *dx, float *dw, const float *dout, const float *x, const float *w, float rstd,
+                                 ptrdiff_t C, float offset);
+    void (*rope_row)(float *x, const float *table, ptrdiff_t heads, ptrdiff_t D, float direction);
     float (*softmax_block)(float *s, ptrdiff_t n, ptrdiff_t width, float scale, float *m, float *l);
     void (*softmax_backward_block)(float *s, float *dp, ptrdiff_t n, ptrdiff_t width, float scale, float softcap,
                                    float lse, float delta);
     float (*crossentropy_row)(float *logits, ptrdiff_t V, ptrdiff_t target, float scale, int train);
+    float (*capped_crossentropy_row)(float *logits, ptrdiff_t V, ptrdiff_t target, float scale, float cap, int train);
 
     void (*gelu_forward_span)(float *out, const float *x, ptrdiff_t n);
     void (*gelu_backward_span)(float *dx, const float *dout, const float *x, ptrdiff_t n);
+    GateForward *swiglu_forward_span, *geglu_forward_span;
+    GateBackward *swiglu_backward_span, *geglu_backward_span;
     void (*add_span)(float *out, const float *a, const float *b, ptrdiff_t n);
     void (*scale_span)(float *x, float factor, ptrdiff_t n);
     void (*axpy_span)(float *y, float factor, const float *x, ptrdiff_t n);

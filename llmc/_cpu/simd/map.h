@@ -9,26 +9,64 @@ ALWAYS_INLINE vec gelu_exp(vec x, vec x2) { /* e^(-2u) */
     return v_exp(v_mul(x, v_fma(x2, v_set(-twice * 0.044715f), v_set(-twice))));
 }
 
-static void gelu_forward_span(float *out, const float *x, ptrdiff_t n) {
-    for (ptrdiff_t i = 0; i < n; i += VL) {
-        vec v = load_upto(x + i, n - i);
-        store_upto(out + i, v_div(v, v_add(v_set(1.0f), gelu_exp(v, v_mul(v, v)))), n - i);
-    }
+/* Below -12 the value is nothing, and x is held there: e^(-2u) is finite, and x may not be. */
+ALWAYS_INLINE vec gelu_value(vec x) {
+    vec e = gelu_exp(x, v_mul(x, x));
+    return v_div(v_max(v_set(-12.0f), x), v_add(v_set(1.0f), e));
 }
 
 /* gelu' = s + x s (1 - s) 2u' with s = 1/(1 + e), 1 - s = s e (no cancellation), e = e^(-2u), and
  * 2u' = 2 sqrt(2/pi) (1 + 3 * 0.044715 x^2).  Beyond |x| = 12 the second term is nothing, and x is held there lest
  * 0 * inf appear. */
-static void gelu_backward_span(float *dx, const float *dout, const float *x, ptrdiff_t n) {
+ALWAYS_INLINE vec gelu_slope(vec x) {
     const float twice = 2.0f * 0.797884560802865f;
-    for (ptrdiff_t i = 0; i < n; i += VL) {
-        vec v = v_min(v_set(12.0f), v_max(v_set(-12.0f), load_upto(x + i, n - i)));
-        vec v2 = v_mul(v, v), e = gelu_exp(v, v2), s = v_div(v_set(1.0f), v_add(v_set(1.0f), e));
-        vec slope = v_fma(v2, v_set(3.0f * twice * 0.044715f), v_set(twice));
-        vec g = v_fma(v_mul(v_mul(v, s), v_mul(s, e)), slope, s);
-        store_upto(dx + i, v_mul(load_upto(dout + i, n - i), g), n - i);
-    }
+    vec v = v_min(v_set(12.0f), v_max(v_set(-12.0f), x));
+    vec v2 = v_mul(v, v), e = gelu_exp(v, v2), s = v_div(v_set(1.0f), v_add(v_set(1.0f), e));
+    vec slope = v_fma(v2, v_set(3.0f * twice * 0.044715f), v_set(twice));
+    return v_fma(v_mul(v_mul(v, s), v_mul(s, e)), slope, s);
 }
+
+/* silu(x) = x s, s = 1/(1 + e^-x).  Below -87 it is nothing, and x is held there: e^-x is finite, and x may not be. */
+ALWAYS_INLINE vec silu_value(vec x) {
+    vec e = v_exp(v_sub(v_set(0.0f), x));
+    return v_div(v_max(v_set(-87.0f), x), v_add(v_set(1.0f), e));
+}
+
+/* silu' = s + x s (1 - s), 1 - s = s e^-x; x is held within 87 lest 0 * inf appear. */
+ALWAYS_INLINE vec silu_slope(vec x) {
+    vec v = v_min(v_set(87.0f), v_max(v_set(-87.0f), x));
+    vec e = v_exp(v_sub(v_set(0.0f), v)), s = v_div(v_set(1.0f), v_add(v_set(1.0f), e));
+    return v_fma(v_mul(v, s), v_mul(s, e), s);
+}
+
+static void gelu_forward_span(float *out, const float *x, ptrdiff_t n) {
+    for (ptrdiff_t i = 0; i < n; i += VL) store_upto(out + i, gelu_value(load_upto(x + i, n - i)), n - i);
+}
+
+static void gelu_backward_span(float *dx, const float *dout, const float *x, ptrdiff_t n) {
+    for (ptrdiff_t i = 0; i < n; i += VL)
+        store_upto(dx + i, v_mul(load_upto(dout + i, n - i), gelu_slope(load_upto(x + i, n - i))), n - i);
+}
+
+/* out = f(gate) up, and its gradient: dgate = dout up f'(gate), dup = dout f(gate).  dgate may be gate, dup may be
+ * up. */
+#define GATED(NAME, VALUE, SLOPE)                                                                                      \
+    static void NAME##_forward_span(float *out, const float *gate, const float *up, ptrdiff_t n) {                     \
+        for (ptrdiff_t i = 0; i < n; i += VL)                                                                          \
+            store_upto(out + i, v_mul(VALUE(load_upto(gate + i, n - i)), load_upto(up + i, n - i)), n - i);            \
+    }                                                                                                                  \
+    static void NAME##_backward_span(float *dgate, float *dup, const float *dout, const float *gate, const float *up,  \
+                                     ptrdiff_t n) {                                                                    \
+        for (ptrdiff_t i = 0; i < n; i += VL) {                                                                        \
+            ptrdiff_t k = n - i;                                                                                       \
+            vec g = load_upto(gate + i, k), u = load_upto(up + i, k), d = load_upto(dout + i, k);                      \
+            store_upto(dgate + i, v_mul(v_mul(d, u), SLOPE(g)), k);                                                    \
+            store_upto(dup + i, v_mul(d, VALUE(g)), k);                                                                \
+        }                                                                                                              \
+    }
+GATED(swiglu, silu_value, silu_slope)
+GATED(geglu, gelu_value, gelu_slope)
+#undef GATED
 
 /* out = a + b */
 static void add_span(float *out, const float *a, const float *b, ptrdiff_t n) {

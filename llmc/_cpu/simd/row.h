@@ -1,4 +1,4 @@
-/* One row: layer normalisation, softmax, cross-entropy. */
+/* One row: normalisation, rotary embedding, softmax, cross-entropy. */
 #include "vec.h"
 
 #include <float.h>
@@ -53,7 +53,8 @@ static void layernorm_row(float *out, float *mean, float *rstd, const float *x, 
 }
 
 /* With n = (x - mean) rstd and g = dout w:
- *     dx += rstd (g - mean(g) - n mean(g n));   dw += dout n;   db += dout */
+ *     dx += rstd (g - mean(g) - n mean(g n));   dw += dout n;   db += dout
+ * dw and db may both be NULL. */
 static void layernorm_backward_row(float *dx, float *dw, float *db, const float *dout, const float *x, const float *w,
                                    float mean, float rstd, ptrdiff_t C) {
     vec m = v_set(mean), r = v_set(rstd), sum_g = v_set(0.0f), sum_gn = v_set(0.0f);
@@ -63,8 +64,10 @@ static void layernorm_backward_row(float *dx, float *dw, float *db, const float 
         vec g = v_mul(d, load_upto(w + i, k));
         sum_g = v_add(sum_g, g);
         sum_gn = v_fma(g, n, sum_gn); /* lanes past the end have d = 0 */
-        store_upto(dw + i, v_fma(d, n, load_upto(dw + i, k)), k);
-        store_upto(db + i, v_add(d, load_upto(db + i, k)), k);
+        if (dw) {
+            store_upto(dw + i, v_fma(d, n, load_upto(dw + i, k)), k);
+            store_upto(db + i, v_add(d, load_upto(db + i, k)), k);
+        }
     }
     vec mean_g = v_set(v_sum(sum_g) / (float)C), mean_gn = v_set(v_sum(sum_gn) / (float)C);
     for (ptrdiff_t i = 0; i < C; i += VL) {
@@ -76,25 +79,76 @@ static void layernorm_backward_row(float *dx, float *dw, float *db, const float 
     }
 }
 
-/* x = e^(scale x - shift) over n floats; returns their sum. */
-static double row_exp(float *x, ptrdiff_t n, float scale, float shift) {
+/* out = x rstd (offset + w), rstd = 1 / sqrt(mean of x^2 + eps).  The squares are summed in double: those of float32
+ * numbers neither overflow nor vanish there. */
+static void rmsnorm_row(float *out, float *rstd, const float *x, const float *w, ptrdiff_t C, float eps, float offset) {
+    float r = (float)(1.0 / sqrt((C ? sumsq_span(x, C) / (double)C : 0.0) + (double)eps));
+    for (ptrdiff_t i = 0; i < C; i += VL) {
+        vec factor = v_add(v_set(offset), load_upto(w + i, C - i));
+        store_upto(out + i, v_mul(v_mul(load_upto(x + i, C - i), v_set(r)), factor), C - i);
+    }
+    *rstd = r;
+}
+
+/* With n = x rstd and g = dout (offset + w):
+ *     dx += rstd (g - n mean(g n));   dw += dout n
+ * dw may be NULL. */
+static void rmsnorm_backward_row(float *dx, float *dw, const float *dout, const float *x, const float *w, float rstd,
+                                 ptrdiff_t C, float offset) {
+    vec r = v_set(rstd), o = v_set(offset), sum_gn = v_set(0.0f);
+    for (ptrdiff_t i = 0; i < C; i += VL) {
+        ptrdiff_t k = C - i;
+        vec d = load_upto(dout + i, k), n = v_mul(load_upto(x + i, k), r);
+        vec g = v_mul(d, v_add(o, load_upto(w + i, k)));
+        sum_gn = v_fma(g, n, sum_gn); /* lanes past the end have d = 0 */
+        if (dw) store_upto(dw + i, v_fma(d, n, load_upto(dw + i, k)), k);
+    }
+    vec mean_gn = v_set(v_sum(sum_gn) / (float)C);
+    for (ptrdiff_t i = 0; i < C; i += VL) {
+        ptrdiff_t k = C - i;
+        vec n = v_mul(load_upto(x + i, k), r);
+        vec g = v_mul(load_upto(dout + i, k), v_add(o, load_upto(w + i, k)));
+        store_upto(dx + i, v_fma(v_sub(g, v_mul(n, mean_gn)), r, load_upto(dx + i, k)), k);
+    }
+}
+
+/* One token's heads of D channels, turned in place by the angles whose D/2 cosines and D/2 sines are in `table`:
+ *     x[i], x[i + D/2] = x[i] c - x[i + D/2] s, x[i + D/2] c + x[i] s
+ * `direction` is 1, or -1 to turn back. */
+static void rope_row(float *x, const float *table, ptrdiff_t heads, ptrdiff_t D, float direction) {
+    ptrdiff_t half = D / 2;
+    for (ptrdiff_t h = 0; h < heads; h++, x += D)
+        for (ptrdiff_t i = 0; i < half; i += VL) {
+            ptrdiff_t k = half - i;
+            vec c = load_upto(table + i, k), s = v_mul(v_set(direction), load_upto(table + half + i, k));
+            vec a = load_upto(x + i, k), b = load_upto(x + half + i, k);
+            store_upto(x + i, v_sub(v_mul(a, c), v_mul(b, s)), k);
+            store_upto(x + half + i, v_fma(b, c, v_mul(a, s)), k);
+        }
+}
+
+/* The sum of e^(scale x - shift) over n floats, which these become where `store`. */
+ALWAYS_INLINE double row_exp_body(float *x, ptrdiff_t n, float scale, float shift, const int store) {
     double total = 0.0;
     for (ptrdiff_t start = 0; start < n; start += SUM_CHUNK) {
         ptrdiff_t end = start + SUM_CHUNK < n ? start + SUM_CHUNK : n, i = start;
         vec acc = v_set(0.0f), s = v_set(scale), h = v_set(-shift);
         for (; i + VL <= end; i += VL) {
             vec e = v_exp(v_fma(s, v_load(x + i), h));
-            v_store(x + i, e);
+            if (store) v_store(x + i, e);
             acc = v_add(acc, e);
         }
         total += v_sum(acc);
         if (i < end) {
-            v_store_n(x + i, v_exp(v_fma(s, v_load_n(x + i, end - i), h)), end - i);
-            for (; i < end; i++) total += x[i];
+            float last[VL], *p = store ? x + i : last;
+            v_store_n(p, v_exp(v_fma(s, v_load_n(x + i, end - i), h)), end - i);
+            for (ptrdiff_t j = 0; j < end - i; j++) total += p[j];
         }
     }
     return total;
 }
+
+static double row_exp(float *x, ptrdiff_t n, float scale, float shift) { return row_exp_body(x, n, scale, shift, 1); }
 
 /* One block of an online softmax (Milakov & Gimelshein 2018).  The row so far has maximum *m and
  * denominator *l (start with -inf and 0); s[0..n) are its next scores, times `scale`.  They become
@@ -145,6 +199,26 @@ static float crossentropy_row(float *logits, ptrdiff_t V, ptrdiff_t target, floa
         for (ptrdiff_t i = 0; i < V; i += VL) store_upto(logits + i, v_mul(load_upto(logits + i, V - i), f), V - i);
         /* p/sum - 1 in double: near 1 the difference is what matters */
         logits[target] = (float)((double)scale * ((double)p / sum - 1.0));
+    }
+    return (float)(log(sum) + (double)top - (double)at_target);
+}
+
+/* The same of logits that are first capped, l = cap tanh(logit / cap), back to the logits before: times
+ * dl/dlogit = 1 - (l / cap)^2.  The slope needs l, so the exponentials are summed without being kept, and taken again.
+ */
+static float capped_crossentropy_row(float *logits, ptrdiff_t V, ptrdiff_t target, float scale, float cap, int train) {
+    softcap_span(logits, V, 1.0f, cap);
+    float top = row_max(logits, V), at_target = logits[target];
+    double sum = row_exp_body(logits, V, 1.0f, top, 0);
+    if (train) {
+        vec f = v_set((float)((double)scale / sum)), h = v_set(-top), share = v_set(1.0f / cap), one = v_set(1.0f);
+        for (ptrdiff_t i = 0; i < V; i += VL) {
+            vec l = load_upto(logits + i, V - i), t = v_mul(l, share);
+            vec slope = v_mul(v_sub(one, t), v_add(one, t));
+            store_upto(logits + i, v_mul(v_mul(v_exp(v_add(l, h)), f), slope), V - i);
+        }
+        double t = (double)at_target / (double)cap, p = exp((double)at_target - (double)top) / sum;
+        logits[target] = (float)((double)scale * (p - 1.0) * (1.0 - t) * (1.0 + t));
     }
     return (float)(log(sum) + (double)top - (double)at_target);
 }

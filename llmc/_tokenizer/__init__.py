@@ -1,0 +1,1 @@
+"""The tokenizers behind llmc/tokenizer.py, one kind of file each."""

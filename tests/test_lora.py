@@ -1,0 +1,217 @@
+"""Adapters: against PEFT, on both kinds of model; what they leave alone; merging; training; their files."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import judge
+import numpy as np
+import pytest
+import reference
+from guard import Array
+from judge import norm_ratio
+
+from llmc import gpt2, llama, lora
+from llmc.adamw import AdamW
+from llmc.errors import ConfigError
+from llmc.lora import LoRA
+from llmc.model import Model
+
+B, T = 2, 19
+LLAMA = llama.Config(40, 131, 2, 4, 48, num_kv_heads=2, head_size=16, hidden=77)
+GPT2 = gpt2.Config(40, 131, 2, 3, 48)
+TARGETS = {"llama": ("q_proj", "v_proj", "gate_proj", "down_proj"), "gpt2": ("c_attn", "mlp.c_proj", "c_fc")}
+CONFIGS: dict[str, Any] = {"llama": LLAMA, "gpt2": GPT2}
+
+
+def theirs(kind: str) -> Any:
+    transformers = pytest.importorskip("transformers")
+    if kind == "gpt2":
+        return judge.make(transformers.GPT2Config(
+            vocab_size=131, n_positions=40, n_embd=48, n_layer=2, n_head=3, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0,
+        ))  # fmt: skip
+    return judge.make(transformers.LlamaConfig(
+        vocab_size=131, hidden_size=48, intermediate_size=77, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=40, rms_norm_eps=1e-5, tie_word_embeddings=False,
+    ))  # fmt: skip
+
+
+def batch() -> tuple[Array, Array]:
+    ids = np.random.default_rng(3).integers(131, size=(2, B, T), dtype=np.int32)
+    return ids[0], ids[1]
+
+
+def ours(kind: str, ops: ModuleType, dtype: str = "float32", **options: Any) -> Model:
+    model = CONFIGS[kind].build(ops, dtype=dtype, **options)
+    model.initialise(5)
+    return model
+
+
+def random(adapters: lora.Adapters) -> None:
+    """Adapters as after some training: b is not 0."""
+    draw = np.random.default_rng(8)
+    for _, tensor in adapters.params:
+        tensor[...] = (0.2 * draw.standard_normal(tensor.shape)).astype(np.float32)
+    adapters.refresh()
+
+
+def gradients(model: Model) -> dict[str, Array]:
+    model.forward(*batch())
+    model.backward()
+    return {row.name: np.array(tensor) for row, tensor in model.adapters.grads}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_against_peft(cpu: ModuleType, kind: str) -> None:
+    """Logits and every adapter's gradient; PEFT's names are ours."""
+    peft, torch = pytest.importorskip("peft"), judge.torch
+    wanted = LoRA(4, 6.0, TARGETS[kind])
+    base = theirs(kind)
+    model = judge.fill(ours(kind, cpu), base)
+    adapters = lora.attach(model, wanted)
+    random(adapters)
+    wrapped = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=6, target_modules=list(TARGETS[kind])))
+    wrapped = wrapped.double().eval()
+    parameters = dict(wrapped.named_parameters())
+    used = set()
+
+    def name(hf_name: str, layer: int) -> str:
+        return hf_name.format(layer=layer).replace(".weight", ".default.weight")
+
+    for row, tensor in adapters.params:
+        for layer in range(row.layers):
+            used.add(name(row.hf_name, layer))
+            parameters[name(row.hf_name, layer)].data.copy_(torch.from_numpy(tensor[layer]))
+    assert used == {key for key in parameters if "lora_" in key}
+    x, y = batch()
+    out = wrapped(torch.from_numpy(x).long(), use_cache=False).logits
+    judged = out.detach().numpy()
+    assert np.abs(model.logits(x) - judged).max() < 1e-5 * np.abs(judged).max()
+    torch.nn.functional.cross_entropy(out.flatten(0, 1), torch.from_numpy(y).long().flatten()).backward()
+    model.prepare(B, T)
+    found = gradients(model)
+    for row in adapters.table:
+        for layer in range(row.layers):
+            right = parameters[name(row.hf_name, layer)].grad.numpy()
+            assert norm_ratio(found[row.name][layer], right) < 1e-5, (row.name, layer)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_new_adapters_change_nothing(cpu: ModuleType, kind: str) -> None:
+    model = ours(kind, cpu)
+    x, _ = batch()
+    before = model.logits(x)
+    lora.attach(model, LoRA(3))
+    np.testing.assert_array_equal(model.logits(x), before)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_merging(cpu: ModuleType, kind: str) -> None:
+    """The merged model computes what the adapted one did, and has gradients of its own again."""
+    model = ours(kind, cpu)
+    adapters = lora.attach(model, LoRA(4, 8.0, TARGETS[kind]))
+    random(adapters)
+    x, y = batch()
+    adapted = model.logits(x)
+    adapters.merge(model)
+    assert model.adapters is None
+    merged = model.logits(x)
+    assert np.abs(merged - adapted).max() < 5e-6 * np.abs(adapted).max()
+    assert np.abs(merged - ours(kind, cpu).logits(x)).max() > 0.1 * np.abs(adapted).max()
+    model.forward(x, y)
+    model.backward()
+    assert model.grads is not None and np.abs(np.asarray(model.grads.wte)).max() > 0
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_training_changes_the_adapters_alone(cpu: ModuleType, kind: str) -> None:
+    """Some updates lower the loss; no weight moves; nothing holds gradients of the weights."""
+    model = ours(kind, cpu)
+    adapters = lora.attach(model, LoRA(4))
+    x, y = batch()
+    model.prepare(B, T)
+    before = model.params.buffer.tobytes()
+    optimizer = AdamW(adapters.table, adapters.params, adapters.grads, model.ops)
+    losses = []
+    for _ in range(40):
+        losses.append(model.forward(x, y))
+        model.backward()
+        optimizer.step(2e-2)
+    assert losses[-1] < losses[0] - 0.3  # of log 131 = 4.88, with a head as small as it was drawn
+    assert model.params.buffer.tobytes() == before and model.grads is None
+
+
+@pytest.mark.parametrize("recompute", ["gelu", "gelu+norm", "block"])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_recompute_gives_the_same_bits(cpu: ModuleType, kind: str, recompute: str) -> None:
+    found = []
+    for mode in ("none", recompute):
+        model = ours(kind, cpu)
+        random(lora.attach(model, LoRA(3, 5.0)))
+        model.prepare(B, T, mode)
+        found.append({name: value.tobytes() for name, value in gradients(model).items()})
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_on_narrow_weights(cpu: ModuleType, kind: str) -> None:
+    """Gradients on bfloat16 matrices are those on the same numbers in float32."""
+    narrow = ours(kind, cpu, narrow=True)
+    wide = ours(kind, reference, "float64")
+    for row, tensor in wide.params:
+        tensor[...] = narrow.params[row.name].astype(np.float64)
+    for model in (narrow, wide):
+        random(lora.attach(model, LoRA(4, 8.0, TARGETS[kind])))
+        model.prepare(B, T)
+    x, _ = batch()
+    right = wide.logits(x)
+    assert np.abs(narrow.logits(x) - right).max() < 5e-6 * np.abs(right).max()
+    found, judged = gradients(narrow), gradients(wide)
+    for name, gradient in found.items():
+        assert norm_ratio(gradient, judged[name]) < 5e-6, name
+
+
+def test_accumulation(cpu: ModuleType) -> None:
+    """Two halves, added, are the whole."""
+    whole, halves = (ours("llama", cpu) for _ in range(2))
+    x, y = batch()
+    for model in (whole, halves):
+        random(lora.attach(model, LoRA(4)))
+        model.prepare(B, T)
+    right = gradients(whole)
+    for i in range(2):
+        halves.forward(x[i : i + 1].copy(), y[i : i + 1].copy(), scale=1 / x.size, accumulate=i > 0)
+        halves.backward(accumulate=i > 0)
+    for row, tensor in halves.adapters.grads:
+        assert norm_ratio(np.asarray(tensor), right[row.name]) < 2e-6, row.name
+
+
+def test_decoding_with_adapters(cpu: ModuleType) -> None:
+    """A prompt longer than any batch before, then token by token: the adapted model's own logits."""
+    model = ours("llama", cpu)
+    random(lora.attach(model, LoRA(4, 4.0)))
+    x, _ = batch()
+    model.prepare(1, 4)
+    whole, cache, position = model.logits(x), model.new_cache(B, T), 0
+    for step in (11, 1, 1, 6):
+        found = model.decode(cache, x[:, position : position + step].copy(), np.full(B, position, np.int32))
+        position += step
+        np.testing.assert_allclose(found, whole[:, position - 1], rtol=0, atol=5e-6 * np.abs(whole).max())
+
+
+def test_what_cannot_be(cpu: ModuleType) -> None:
+    model = ours("llama", cpu)
+    with pytest.raises(ConfigError, match=r"lora_targets: the model has no module 'c_attn'; choose from all, q_proj"):
+        lora.attach(model, LoRA(4, 8.0, ("q_proj", "c_attn")))
+    assert not model.frozen and model.adapters is None
+    for options, field in (((0, 1.0), "lora_rank"), ((1, 0.0), "lora_alpha"), ((1, 1.0, ()), "lora_targets")):
+        with pytest.raises(ConfigError, match=field):
+            LoRA(*options)  # type: ignore[arg-type]
+    lora.attach(model, LoRA(2))
+    with pytest.raises(ConfigError, match="adapters already"):
+        lora.attach(model, LoRA(2))
+    narrow = ours("llama", cpu, narrow=True)
+    adapters = lora.attach(narrow, LoRA(2))
+    with pytest.raises(ConfigError, match="float32"):
+        adapters.merge(narrow)
