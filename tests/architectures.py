@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -186,3 +186,28 @@ def train(model: Model, steps: int, x: Array, y: Array, grad_clip: float = 0.0) 
         model.backward()
         optimizer.step(RECIPE["lr"])
     return losses
+
+
+def switched_off(ops: Any, name: str, off: dict[str, Any]) -> None:
+    """With its numbers the model is what transformers says; with those of `off` in their place it clearly is not:
+    logits, gradients, and decode, which has its own way to the cache."""
+    x, y = batch()
+    right = verdict(name)
+    for changes, least, most in (({}, 0.0, 1e-5), (off, 1e-2, np.inf)):
+        config = replace(ARCHITECTURES[name].ours, **changes)
+        model = build(name, ops, config)
+        decoded = model.decode(model.new_cache(len(x)), x, np.zeros(len(x), np.int32))
+        off_by = {
+            "logits": furthest(model.logits(x), right.logits),
+            "decoded": furthest(decoded, right.logits[:, -1]),
+            "gradients": max(
+                judge.norm_ratio(value, right.gradients[row]) for row, value in backward(model, x, y).items()
+            ),
+        }
+        assert all(least <= value < most for value in off_by.values()), (changes, off_by)
+
+
+def parameters(config: Any) -> int:
+    """The number of a transformers model's, which is not made."""
+    with torch.device("meta"):
+        return int(transformers.AutoModelForCausalLM.from_config(config).num_parameters())
