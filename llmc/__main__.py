@@ -107,6 +107,17 @@ stories (no --config, no --train-data, and the model `stories`) start from the r
 An interval of N means: whenever the number of updates done is a multiple of N."""
 
 
+DATA_HELP = """\
+Make token files of a text.
+
+  llmc data tinyshakespeare              Shakespeare's, a megabyte, from the network
+  llmc data tinystories                  two million stories, from the network
+  llmc data text FILE                    a UTF-8 text; <|endoftext|> in it divides texts
+  llmc data FILE.jsonl                   documents: an object per line (also .jsonl.gz), FILE.parquet, a folder of
+                                         such files
+  llmc data owner/name                   documents of a dataset on the Hugging Face hub, as they stream in"""
+
+
 BENCH_HELP = """\
 Measure each op, or whole training steps, on this machine.  What is compared takes turns; figures are medians with
 quartiles; fractions are of a peak measured right beside each turn.  Leave the machine alone meanwhile."""
@@ -159,15 +170,22 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_options(sample, MACHINE)
 
-    data = command("data", _data, "prepare text for training")
-    data.add_argument("dataset", choices=("tinyshakespeare", "tinystories", "text"))
+    data = command("data", _data, "prepare text for training", DATA_HELP)
+    data.add_argument("dataset", metavar="DATASET", help="tinyshakespeare, tinystories, text, or documents: see above")
     data.add_argument("file", nargs="?", metavar="FILE", help="for `text`: a UTF-8 text")
     data.add_argument("--from", dest="source", metavar="FILE", help="a local copy, instead of the network")
     data.add_argument("--out", "-o", default="data", metavar="DIR", help="folder for the token files (data)")
-    data.add_argument("--tokenizer", default="gpt2", metavar="NAME", help="gpt2 or bytes (gpt2)")
     data.add_argument(
-        "--val-fraction", type=float, metavar="X", help="for `text`: the part held out for validation (0.1)"
+        "--tokenizer", default="gpt2", metavar="NAME",
+        help="gpt2, bytes, a model's folder, a tokenizer.json or tokenizer.model (gpt2)",
+    )  # fmt: skip
+    data.add_argument(
+        "--val-fraction", type=float, metavar="X", help="for text and documents: the part for validation (0.1)"
     )
+    data.add_argument("--field", metavar="NAME", help="for documents: the field or column with the text (text)")
+    data.add_argument("--max-documents", type=int, metavar="N", help="for documents: at most so many")
+    data.add_argument("--split", metavar="NAME", help="of a dataset on the hub (train)")
+    data.add_argument("--config-name", metavar="NAME", help="of a dataset on the hub: which configuration of several")
     data.add_argument("--shard-tokens", type=int, metavar="N", help="cut the output into files of N tokens")
     data.add_argument("--threads", type=int, metavar="N", help="that tokenise (as many as there are CPUs)")
 
@@ -386,30 +404,44 @@ def _sample(args: argparse.Namespace) -> int:
 
 
 def _data(args: argparse.Namespace) -> int:
-    from llmc import datasets
+    from llmc import datasets, documents
 
+    known = args.dataset in ("tinyshakespeare", "tinystories", "text")
+    if not known and not documents.is_source(args.dataset):
+        hint = f" (a text? llmc data text {args.dataset})" if os.path.isfile(args.dataset) else ""
+        what = "tinyshakespeare, tinystories, text, .jsonl, .parquet, a folder, or owner/name on the hub"
+        raise ConfigError("dataset", f"{args.dataset!r} is none of {what}{hint}")
     if args.file is not None and (args.dataset != "text" or args.source is not None):
         raise ConfigError("file", f"{args.file!r} is one too many: --from names a local copy of {args.dataset}")
+    if not known and args.source is not None:
+        raise ConfigError("from", f"{args.source!r} is one too many: name it in place of {args.dataset}")
     source = args.file or args.source
-    if args.val_fraction is not None and args.dataset != "text":
+    of_documents = {name: getattr(args, name) for name in ("field", "max_documents", "split", "config_name")}
+    of_documents = {name: value for name, value in of_documents.items() if value is not None}
+    for name, value in of_documents.items():
+        if known:
+            raise ConfigError(name, f"{value!r} is for documents; {args.dataset} has none")
+    if args.val_fraction is not None and args.dataset in ("tinyshakespeare", "tinystories"):
         raise ConfigError("val_fraction", f"{args.dataset} has a validation part of its own")
     options = {"tokenizer": args.tokenizer}
     if args.dataset != "tinyshakespeare":
         options.update(shard_tokens=args.shard_tokens, threads=args.threads)
     elif args.shard_tokens is not None:
         raise ConfigError("shard_tokens", "tinyshakespeare is too small to be cut up")
+    if args.val_fraction is not None:
+        options.update(val_fraction=args.val_fraction)
     with display.Transfer(sys.stdout) as shown:
         options.update(progress=shown.progress, stage=shown.stage)
         if args.dataset == "tinyshakespeare":
             made = datasets.prepare_tinyshakespeare(args.out, source, **options)
         elif args.dataset == "tinystories":
             made = datasets.prepare_tinystories(args.out, source, **options)
-        else:
+        elif args.dataset == "text":
             if source is None:
                 raise ConfigError("file", "which text? llmc data text FILE")
-            if args.val_fraction is not None:
-                options.update(val_fraction=args.val_fraction)
             made = datasets.prepare_text(source, args.out, **options)
+        else:
+            made = datasets.prepare_documents(args.dataset, args.out, **of_documents, **options)
     _report(made)
     return 0
 
@@ -424,7 +456,11 @@ def _report(made: Prepared) -> None:
     if made.val:
         print(f"val    {made.val_tokens:>13,} tokens  {name(made.val)}")
         example += f" --val-data '{name(made.val)}'"
-    print(f"to train on it: {example} --init {'d12' if made.tokenizer == 'gpt2' else 'stories'}")
+    init = {"gpt2": "d12", "bytes": "stories"}.get(made.tokenizer)
+    if init is None and os.path.exists(os.path.join(made.tokenizer, "config.json")):
+        init = f"'{made.tokenizer}'"
+    rest = init or f"MODEL, of a vocabulary of {made.vocab_size:,} or more"
+    print(f"to train on it: {example} --init {rest}")
 
 
 def _convert(args: argparse.Namespace) -> int:
