@@ -198,7 +198,7 @@ class Config(model.Config):
 
 _GEMMA2: dict[str, Any] = {"version": 2, "attn_softcap": 50.0, "final_softcap": 30.0}
 _TINY: dict[str, Any] = {"num_kv_heads": 1, "head_size": 16, "hidden": 88, "query_scale": 16}
-_STORIES: dict[str, Any] = {"num_kv_heads": 2, "head_size": 32, "hidden": 344, "query_scale": 32}
+_STORIES: dict[str, Any] = {"num_kv_heads": 2, "head_size": 32, "hidden": 408, "query_scale": 32}
 
 PRESETS: dict[str, Config] = {
     "gemma-tiny": Config(64, 257, 2, 2, 32, **_TINY),

@@ -167,8 +167,8 @@ LLAMA32 = Scaling(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, origin
 
 PRESETS = {
     "llama-tiny": Config(64, 257, 2, 2, 32, num_kv_heads=1, head_size=16, hidden=88, tied=True),
-    "llama-stories": Config(256, 257, 4, 4, 128, num_kv_heads=2, head_size=32, hidden=344, tied=True),
-    "mistral-stories": Config(256, 257, 4, 4, 128, num_kv_heads=2, head_size=32, hidden=344, tied=True, window=64),
+    "llama-stories": Config(256, 257, 4, 4, 128, num_kv_heads=2, head_size=32, hidden=408, tied=True),
+    "mistral-stories": Config(256, 257, 4, 4, 128, num_kv_heads=2, head_size=32, hidden=408, tied=True, window=64),
     "tinyllama-1.1b": Config(),
     "llama-2-7b": Config(4096, 32000, 32, 32, 4096, num_kv_heads=32, head_size=128, hidden=11008),
     "llama-3-8b": Config(
