@@ -128,7 +128,8 @@ def test_rmsnorm(rng: np.random.Generator, B: int, T: int, C: int, offset: float
     loss()
     for i, t in np.ndindex(B, T):  # by its plainest definition
         s = math.sqrt(sum(value**2 for value in x[i, t]) / C + 1e-3)
-        np.testing.assert_allclose(out[i, t], [v / s * (offset + f) for v, f in zip(x[i, t], w, strict=True)], rtol=1e-12)
+        expected = [value / s * (offset + factor) for value, factor in zip(x[i, t], w, strict=True)]
+        np.testing.assert_allclose(out[i, t], expected, rtol=1e-12)
         assert rstd[i, t] == pytest.approx(1 / s, rel=1e-12)
     before = rng.normal(size=x.shape), rng.normal(size=C)
     dx, dw = (array.copy() for array in before)
@@ -167,7 +168,9 @@ def test_rope(rng: np.random.Generator, heads: int, D: int, beside: int) -> None
 
 
 @pytest.mark.parametrize("accumulate", [False, True])
-@pytest.mark.parametrize("B, T, K, N, r, n, column", [(1, 1, 1, 1, 1, 1, 0), (2, 3, 5, 9, 2, 4, 3), (1, 4, 2, 5, 3, 5, 0)])
+@pytest.mark.parametrize(
+    "B, T, K, N, r, n, column", [(1, 1, 1, 1, 1, 1, 0), (2, 3, 5, 9, 2, 4, 3), (1, 4, 2, 5, 3, 5, 0)]
+)
 def test_lora(
     rng: np.random.Generator, B: int, T: int, K: int, N: int, r: int, n: int, column: int, accumulate: bool
 ) -> None:
@@ -447,7 +450,8 @@ def test_residual_layernorm(rng: np.random.Generator) -> None:
 
 def test_residual_rmsnorm(rng: np.random.Generator) -> None:
     x, branch, w = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 3, 5), (2, 3, 5), (5,)))
-    total, out, rstd, expected = np.empty((2, 3, 5), np.float32), np.empty((2, 3, 5)), np.empty((2, 3)), np.empty((2, 3, 5))
+    total, rstd = np.empty((2, 3, 5), np.float32), np.empty((2, 3))
+    out, expected = np.empty((2, 3, 5)), np.empty((2, 3, 5))
     reference.residual_rmsnorm_forward(total, out, rstd, x, branch, w, 1e-3, 1.0)
     np.testing.assert_array_equal(total, (x.astype(np.float64) + branch).astype(np.float32))
     reference.rmsnorm_forward(expected, np.empty((2, 3)), total, w, 1e-3, 1.0)
