@@ -1,7 +1,8 @@
 """Text on the network or on disk -> token shards.
 
-`prepare_tinyshakespeare`, `prepare_tinystories` and `prepare_text` each fetch or read a text, tokenise it
-in pieces, and write `NAME_train.bin` and `NAME_val.bin`; neither file appears unless both are complete.
+`prepare_tinyshakespeare`, `prepare_tinystories`, `prepare_text` and `prepare_documents` each fetch or read text,
+tokenise it in pieces, and write `NAME_train.bin` and `NAME_val.bin`; neither file appears unless both are complete.
+Files of token ids are GPT-2's (uint16) where the vocabulary has at most 65,536 entries, else Llama 3's (uint32).
 
 Nothing is printed.  `progress(done, total)` is called with bytes of the phase under way (total is 0 where
 it is unknown), `stage(text)` when a phase begins.
@@ -13,20 +14,22 @@ import codecs
 import contextlib
 import gzip
 import io
+import itertools
 import json
 import os
 import re
 import tarfile
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol, Union
+from typing import BinaryIO, Protocol, TypeVar, Union
 
 import numpy as np
 
+from llmc import documents
 from llmc import tokenizer as tokenizers
 from llmc.data import Array, ShardWriter
 from llmc.download import Progress, Source, fetch, mismatch
@@ -45,6 +48,7 @@ class Prepared:
     train_tokens: int
     val_tokens: int
     tokenizer: str
+    vocab_size: int
 
 
 TINYSHAKESPEARE = Source(
@@ -65,7 +69,7 @@ LONGEST_STORY = 1 << 24  # characters; no story is a thousandth of it
 GROUP = 1 << 16  # characters per task of the tokenising threads
 
 
-# ---- the three datasets ----------------------------------------------------------------------------
+# ---- the datasets -----------------------------------------------------------------------------------
 
 
 def prepare_tinyshakespeare(
@@ -142,7 +146,8 @@ def prepare_tinystories(
             split = "val" if re.fullmatch(r"data0+\.json", name) else "train"
             seen[split] += 1
             writer = val if split == "val" else train
-            for ids in _encode(_stories(file, f"{path}: {name}"), encoder, _story_ids, threads):
+            groups = _groups((story, False) for story in _stories(file, f"{path}: {name}"))
+            for ids in _in_order(lambda group: _document_ids(encoder, [story for story, _ in group]), groups, threads):
                 writer.write(ids)
         for split, what in (("val", "data00.json"), ("train", "data01.json and so on")):
             if not seen[split]:
@@ -166,8 +171,8 @@ def prepare_text(
 
     The first `val_fraction` of the bytes, to the end of the line it falls in, is for validation; 0 writes
     no validation file.  Each part is led by end-of-text, and the characters <|endoftext|> in the text stand
-    for it too.  The text is read in pieces, cut in front of white space, where GPT-2's tokenizer always
-    cuts: the tokens are those of the whole text.
+    for it too.  The text is read in pieces, cut where the tokenizer always cuts (`Tokenizer.breaks`): the tokens are
+    those of the whole text, unless it goes on for four million characters without such a place.
 
     Raises FileFormatError for text that is not UTF-8 or too short to be divided.
     """
@@ -187,10 +192,65 @@ def prepare_text(
                 if start == stop:
                     continue
                 writer.write([encoder.eot])
-                pieces = _pieces(text, path, start, stop, size, progress)
-                for ids in _encode(pieces, encoder, _text_ids, threads):
+                pieces = _pieces(text, path, start, stop, size, progress, encoder.breaks)
+                for ids in _in_order(lambda group: _text_ids(encoder, group), _groups(_continued(pieces)), threads):
                     writer.write(ids)
     return _prepared(train, val, encoder)
+
+
+def prepare_documents(
+    source: PathLike,
+    out_dir: PathLike,
+    *,
+    field: str = "text",
+    split: str | None = None,
+    config_name: str | None = None,
+    name: str | None = None,
+    tokenizer: str = "gpt2",
+    val_fraction: float = 0.1,
+    max_documents: int | None = None,
+    shard_tokens: int | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    stage: Stage | None = None,
+) -> Prepared:
+    """Write NAME_train.bin and NAME_val.bin from the documents of `source`; NAME is the last part of its own name.
+
+    `source`, `field`, `split` and `config_name` are those of `documents.read`: JSON lines, parquet, a folder of such
+    files, or a dataset of the hub.  Each document is led by end-of-text and otherwise left as it is.  `val_fraction`
+    of the documents, evenly spread, are for validation; 0 writes no validation file.  `max_documents` ends it early.
+    Documents keep their order; memory stays bounded, but for the longest of them.
+
+    Errors as by `documents.read`, and FileFormatError for too few documents to be divided.
+    """
+    encoder = tokenizers.load(tokenizer)
+    if not 0 <= val_fraction < 1:
+        raise ConfigError("val_fraction", f"{val_fraction} is not in [0, 1)")
+    if max_documents is not None and max_documents < 1:
+        raise ConfigError("max_documents", f"{max_documents} is not positive")
+    texts = documents.read(source, field=field, split=split, config_name=config_name, progress=progress)
+    marked = _held_out(itertools.islice(texts, max_documents), val_fraction)
+
+    def work(group: Group) -> list[Array]:
+        return [_document_ids(encoder, [text for text, held in group if held == val]) for val in (False, True)]
+
+    _tell(stage, f"tokenising {os.fspath(source)}")
+    folder = _make_folder(out_dir)
+    with _writers(folder, name or documents.short_name(source), encoder, shard_tokens, val_fraction > 0) as writers:
+        for parts in _in_order(work, _groups(marked), threads):
+            for writer, ids in zip(writers, parts, strict=True):
+                writer.write(ids)
+        for writer, what in zip(writers, ("training", "validation"), strict=True):
+            if not writer.tokens and (what == "training" or val_fraction):
+                detail = f"there is none for {what}" + (f", divided at {val_fraction}" if val_fraction else "")
+                raise FileFormatError(source, "documents", detail)
+    return _prepared(*writers, encoder)
+
+
+def _held_out(texts: Iterable[str], fraction: float) -> Iterator[tuple[str, bool]]:
+    """Each text, and whether it is for validation: of any number of texts the fraction, rounded down."""
+    for n, text in enumerate(texts):
+        yield text, int((n + 1) * fraction) > int(n * fraction)
 
 
 @contextlib.contextmanager
@@ -212,7 +272,7 @@ def _writers(
 
 
 def _prepared(train: ShardWriter, val: ShardWriter, encoder: tokenizers.Tokenizer) -> Prepared:
-    return Prepared(train.paths, val.paths, train.tokens, val.tokens, encoder.name)
+    return Prepared(train.paths, val.paths, train.tokens, val.tokens, encoder.name, encoder.vocab_size)
 
 
 # ---- reading ---------------------------------------------------------------------------------------
@@ -241,13 +301,9 @@ def _line_end(file: BinaryIO, position: int) -> int:
 
 
 def _pieces(
-    file: BinaryIO, path: Path, start: int, stop: int, size: int, progress: Progress | None
+    file: BinaryIO, path: Path, start: int, stop: int, size: int, progress: Progress | None, breaks: str
 ) -> Iterator[str]:
-    """The text of bytes start to stop, in pieces that end in front of white space.
-
-    GPT-2's pattern never joins what stands before white space with what follows it, so tokens do not
-    depend on where the pieces end.
-    """
+    """The text of bytes start to stop, in pieces that end in front of white space, if it is one of `breaks`."""
     file.seek(start)
     decoder = codecs.getincrementaldecoder("utf-8")()
     position, rest = start, ""
@@ -264,7 +320,7 @@ def _pieces(
         if position == 0 and rest.startswith("\ufeff"):
             rest = rest[1:]  # a byte order mark is no text
         position += len(data)
-        cut = _safe_cut(rest)
+        cut = _safe_cut(rest, breaks)
         if cut:
             yield rest[:cut]
             rest = rest[cut:]
@@ -274,17 +330,19 @@ def _pieces(
         yield rest
 
 
-def _safe_cut(text: str) -> int:
-    """The last place in `text` between something and white space; 0 where there is none yet."""
-    end = len(text)
+def _safe_cut(text: str, breaks: str) -> int:
+    """The last place in `text` between something and white space of `breaks`; 0 where there is none yet."""
+    end = len(text) if breaks else 0
     while end > 0:
-        space = max(text.rfind(" ", 0, end), text.rfind("\n", 0, end))
+        space = max(text.rfind(mark, 0, end) for mark in (" ", "\n") if mark in breaks)
         if space <= 0:
             break
-        place = len(text[:space].rstrip())  # where the white space begins that ends in `space`
+        place = space  # to be where the white space begins that ends in `space`
+        while place > 0 and text[place - 1].isspace():
+            place -= 1
         if place == 0:
             break
-        if text[place] in " \n\r\t":  # rstrip takes more for white space than the tokenizer does
+        if text[place] in breaks:  # isspace takes more for white space than the tokenizer does
             return place
         end = place
     return len(text) if len(text) >= LONGEST_PIECE else 0
@@ -398,41 +456,51 @@ def _stories(file: _Readable, name: str) -> Iterator[str]:
 # ---- tokenising ------------------------------------------------------------------------------------
 
 
-def _story_ids(encoder: tokenizers.Tokenizer, story: str) -> list[int]:
-    return [encoder.eot, *encoder.encode(story)]
+def _document_ids(encoder: tokenizers.Tokenizer, texts: list[str]) -> Array:
+    """Ids of whole texts, each led by end-of-text."""
+    eot = (encoder.eot,)
+    return _joined(itertools.chain.from_iterable((eot, ids) for ids in encoder.encode_batch(texts)))
 
 
-def _text_ids(encoder: tokenizers.Tokenizer, text: str) -> list[int]:
-    first, *others = text.split(tokenizers.END_OF_TEXT)
-    ids = encoder.encode(first)
-    for part in others:
-        ids.append(encoder.eot)
-        ids += encoder.encode(part)
-    return ids
+def _text_ids(encoder: tokenizers.Tokenizer, pieces: list[tuple[str, bool]]) -> Array:
+    """Ids of pieces of a text, in which <|endoftext|> stands for end-of-text; each goes on from another or does not."""
+    parts: list[Sequence[int]] = []
+    for text, continued in pieces:
+        first, *others = text.split(tokenizers.END_OF_TEXT)
+        parts += encoder.encode_batch([first], continued)
+        for ids in encoder.encode_batch(others):
+            parts += [(encoder.eot,), ids]
+    return _joined(parts)
 
 
-def _encode(
-    texts: Iterable[str],
-    encoder: tokenizers.Tokenizer,
-    ids_of: Callable[[tokenizers.Tokenizer, str], list[int]],
-    threads: int | None,
-) -> Iterator[Array]:
-    """Token ids of `texts`, in order, in arrays.
+def _joined(parts: Iterable[Sequence[int]]) -> Array:
+    return np.fromiter(itertools.chain.from_iterable(parts), dtype=np.int32)
 
-    Short texts are gathered: a task per story would cost a third of the time.  Only a few groups are under
-    way at once, whatever the length of `texts`.
+
+def _continued(pieces: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    """Each piece, and whether it goes on from the one before."""
+    continued = False
+    for piece in pieces:
+        yield piece, continued
+        continued = not piece.endswith(tokenizers.END_OF_TEXT)
+
+
+Group = list[tuple[str, bool]]  # texts, each with a mark
+Made = TypeVar("Made")
+
+
+def _in_order(work: Callable[[Group], Made], groups: Iterable[Group], threads: int | None) -> Iterator[Made]:
+    """What `work` makes of each group, on several threads but in order.
+
+    Only a few groups are under way at once, however many there are.
     """
     if threads is not None and threads < 1:
         raise ConfigError("threads", f"{threads} is not positive")
     threads = threads or _cpus()
-
-    def work(group: list[str]) -> Array:
-        return np.fromiter((i for text in group for i in ids_of(encoder, text)), dtype=np.int32)
-
     with ThreadPoolExecutor(threads) as pool:
-        under_way: deque[Future[Array]] = deque()
+        under_way: deque[Future[Made]] = deque()
         try:
-            for group in _groups(texts):
+            for group in groups:
                 under_way.append(pool.submit(work, group))
                 if len(under_way) > 2 * threads:
                     yield under_way.popleft().result()
@@ -443,11 +511,12 @@ def _encode(
                 future.cancel()
 
 
-def _groups(texts: Iterable[str]) -> Iterator[list[str]]:
-    group: list[str] = []
+def _groups(texts: Iterable[tuple[str, bool]]) -> Iterator[Group]:
+    """Short texts gathered: a task for each would cost a third of the time."""
+    group: Group = []
     length = 0
-    for text in texts:
-        group.append(text)
+    for text, mark in texts:
+        group.append((text, mark))
         length += len(text)
         if length >= GROUP:
             yield group

@@ -84,7 +84,7 @@ def judge(theirs: Any, config: Config, x: Array, y: Array) -> Verdict:
             value = np.concatenate([grads[name].grad.numpy() for name in parts])
             layers.append(value.T if row.transpose else value)
         found[row.name] = np.stack(layers) if row.layers else layers[0]
-    return Verdict(logits.detach().numpy(), float(loss), found)
+    return Verdict(logits.detach().numpy(), float(loss.detach()), found)
 
 
 def losses(theirs: Any, x: Array, y: Array, steps: int, recipe: dict[str, float]) -> list[float]:
@@ -103,7 +103,7 @@ def losses(theirs: Any, x: Array, y: Array, steps: int, recipe: dict[str, float]
         logits = theirs(torch.from_numpy(x).long(), use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.from_numpy(y).long().flatten())
         loss.backward()
-        seen.append(float(loss))
+        seen.append(float(loss.detach()))
         optimizer.step()
     return seen
 

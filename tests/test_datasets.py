@@ -405,7 +405,7 @@ def test_text_without_white_space_is_cut_in_bounded_pieces(
     text = "日本語" * 100
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     with open(tmp_path / "a.txt", "rb") as file:
-        pieces = list(datasets._pieces(file, tmp_path / "a.txt", 0, 900, 900, None))
+        pieces = list(datasets._pieces(file, tmp_path / "a.txt", 0, 900, 900, None, " \n\r\t"))
     assert "".join(pieces) == text
     assert max(map(len, pieces)) <= 35
     made = datasets.prepare_text(

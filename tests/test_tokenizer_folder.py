@@ -57,11 +57,10 @@ def byte_level() -> Any:
 def llama3() -> Any:
     """As Llama 3 and Qwen cut text into words."""
     made, pre_tokenizers = byte_level(), tokenizers.pre_tokenizers
-    pattern = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )
-    cut = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
-    made.pre_tokenizer = pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(use_regex=False, add_prefix_space=False)])
+    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    cut = pre_tokenizers.Split(tokenizers.Regex(words + r"|\s*[\r\n]+|\s+(?!\S)|\s+"), "isolated")
+    level = pre_tokenizers.ByteLevel(use_regex=False, add_prefix_space=False)
+    made.pre_tokenizer = pre_tokenizers.Sequence([cut, level])
     return made
 
 
@@ -131,8 +130,9 @@ def sentencepiece_model(kind: str = "unigram", **options: Any) -> bytes:
 
 
 JSON = {
-    "byte-level": byte_level, "llama3": llama3, "llama2": llama2, "gemma": gemma, "metaspace-first": metaspace("first"),
-    "metaspace-always": metaspace("always"), "metaspace-never": metaspace("never"),
+    "byte-level": byte_level, "llama3": llama3, "llama2": llama2, "gemma": gemma,
+    "metaspace-first": metaspace("first"), "metaspace-always": metaspace("always"),
+    "metaspace-never": metaspace("never"),
 }  # fmt: skip
 MODELS = {
     "unigram": {}, "bpe": {"kind": "bpe"}, "no-prefix": {"add_dummy_prefix": False},
@@ -222,11 +222,11 @@ def test_models_decode_as_sentencepiece(folders: dict[str, Path], kind: str) -> 
 def test_an_added_token_is_its_own_text(tmp_path: Path) -> None:
     """The package takes the letters of one for its alphabet of bytes.  And text is not cut where one may lie."""
     made = byte_level()
-    made.add_tokens([tokenizers.AddedToken("ü  é", normalized=False)])
+    made.add_tokens([tokenizers.AddedToken(text, normalized=False) for text in ("üé", "x y")])
     made.save(str(tmp_path / "tokenizer.json"))
     t = tokenizer.load(tmp_path)
-    ids = t.encode("x    yü  éz")
-    assert len(ids) == 5 and t.decode(ids) == streamed(t, ids) == "x    yü  éz"
+    ids = t.encode("x    yüéx yz")
+    assert len(ids) == 6 and t.decode(ids) == streamed(t, ids) == "x    yüéx yz"
     assert t.breaks == ""
 
 
@@ -257,6 +257,13 @@ def test_tokens_of_parts_are_those_of_the_whole(
         first, *others = [text[a:b] for a, b in itertools.pairwise(cuts)]
         ids = [t.encode(first), *t.encode_batch(others, continued=True)]
         assert list(itertools.chain(*ids)) == t.encode(text), (kind, first, others)
+
+
+@pytest.mark.parametrize("kind", [*JSON, *MODELS])
+def test_text_that_goes_on_gets_nothing_in_front(loaded: dict[str, tokenizer.Tokenizer], kind: str) -> None:
+    found = loaded[kind].encode_batch(["dog", " dog", "", "<s>"], continued=True)
+    assert [loaded[kind].decode_bytes(ids) for ids in found] == [b"dog", b" dog", b"", b"<s>"]
+    assert loaded[kind].special.bos not in found[3]
 
 
 def test_text_with_half_a_character(folders: dict[str, Path]) -> None:
@@ -326,6 +333,7 @@ def copy(source: Path, to: Path, **files: Any) -> Path:
             {"tokenizer_config": {}, "special_tokens_map": {"eos_token": {"content": "<s>"}}},
             None, ["<s>"], False, "<s>",
         ),
+        ({"special_tokens_map": {"eos_token": "<s>"}}, "<s>", ["</s>"], False, "</s>"),
         ({"config": {"bos_token_id": 2, "eos_token_id": 2}}, "<s>", ["</s>", "<|im_end|>"], False, "</s>"),
         (
             {"tokenizer_config": {}, "config": {"bos_token_id": 2, "eos_token_id": 1}},
@@ -391,17 +399,23 @@ def test_tokens_added_to_a_model_later(folders: dict[str, Path], tmp_path: Path,
     size = tokenizer.load(folders["unigram"]).vocab_size
     end, tool = size, size + 2
     added = {str(end): {"content": "<|im_end|>", "special": True}, str(tool): {"content": "<tool>", "special": False}}
-    config = {"added_tokens_decoder": added, "add_bos_token": False, "legacy": legacy, "eos_token": "<|im_end|>"}
+    added[str(size + 1)] = {"content": "<tool>s", "special": False}  # the longer name first
+    config = {"added_tokens_decoder": added, "add_bos_token": False, "legacy": legacy}
+    config |= {"bos_token": "</s>", "eos_token": "<|im_end|>"}
     t = tokenizer.load(copy(folders["unigram"], tmp_path, tokenizer_config=config))
     judge = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
-    assert (t.vocab_size, t.special, t.add_bos, t.eot) == (size + 3, (1, (end,)), False, end)
+    assert (t.vocab_size, t.special, t.add_bos, t.eot) == (size + 3, (2, (end,)), False, end)
     dog = judge.encode("dog") if legacy else judge.encode("xdog")[len(judge.encode("x")) :]
     assert t.decode(dog) == "dog"
     assert t.encode("a<tool>dog") == [*judge.encode("a"), tool, *dog]
     assert t.encode_special("a<|im_end|>dog<tool>") == [*judge.encode("a"), end, *dog, tool]
     assert end not in t.encode("a<|im_end|>dog")
     assert t.encode_batch(["a<tool>"]) == [t.encode("a<tool>")]
-    assert t.decode([tool, end, size + 1]) == "<tool><|im_end|>"  # an id that nobody took has no text
+    assert t.encode("<tool>s<tool>") == [size + 1, tool]
+    assert t.decode([tool, end]) == "<tool><|im_end|>"
+    del added[str(size + 1)]  # an id that nobody took has no text
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert tokenizer.load(tmp_path).decode([tool, size + 1]) == "<tool>"
 
 
 # ---- loading ---------------------------------------------------------------------------------------
@@ -459,10 +473,12 @@ def test_a_vocabulary_larger_than_the_model_s(folders: dict[str, Path]) -> None:
 def test_folders_without_a_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"has neither tokenizer\.json, tokenizer\.model nor tokenizer\.bin"):
         tokenizer.load(tmp_path)
+    (tmp_path / "model").mkdir()
+    tokenizer.write_tokenizer_file(tmp_path / "mine.bin", [b"a"], 0)
     for name in ("../mine.bin", "none.bin", 5):
-        (tmp_path / "config.json").write_text(json.dumps({"llmc_tokenizer": name}))
+        (tmp_path / "model" / "config.json").write_text(json.dumps({"llmc_tokenizer": name}))
         with pytest.raises(FileFormatError, match=r"config\.json: llmc_tokenizer: .* nor a file in this folder"):
-            tokenizer.load(tmp_path)
+            tokenizer.load(tmp_path / "model")
     for name in ("tokenizer.json", "tokenizer.model"):
         with pytest.raises(ConfigError, match="is neither bytes, gpt2 nor a tokenizer file or folder"):
             tokenizer.load(tmp_path / name)

@@ -149,7 +149,7 @@ cdef void _decode_heads(float *out, Py_ssize_t ldo, const float *q, Py_ssize_t l
         k0 = max(0, seen - rule.window)
         while k0 < seen:
             width = min(<Py_ssize_t> KEYS, seen - k0)
-            isa.kernels.dot_rows(s, KEYS, q + t * ldq, D, heads, k + k0 * ldk, ldk, D, width, NULL)
+            isa.kernels.dot_rows(s, KEYS, q + t * ldq, D, heads, k + k0 * ldk, ldk, D, width, NULL, NULL)
             for h in range(heads):
                 keep = _soften(s + h * KEYS, 0, width, width, rule, &m[h], &l[h])
                 isa.kernels.scale_span(out + t * ldo + h * D, keep, D)

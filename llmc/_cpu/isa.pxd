@@ -11,7 +11,8 @@ cdef extern from "simd/kernels.h" nogil:
                        Py_ssize_t b_rs, Py_ssize_t b_cs, Py_ssize_t M, Py_ssize_t N, Py_ssize_t K, int add,
                        const float *bias, float *scratch) noexcept nogil
     ctypedef void DotRows(float *out, Py_ssize_t ldo, const float *x, Py_ssize_t ldx, Py_ssize_t M, const void *w,
-                          Py_ssize_t ldw, Py_ssize_t K, Py_ssize_t n, const float *bias) noexcept nogil
+                          Py_ssize_t ldw, Py_ssize_t K, Py_ssize_t n, const float *bias,
+                          float *scratch) noexcept nogil
 
     ctypedef void GateForward(float *out, const float *gate, const float *up, Py_ssize_t n) noexcept nogil
     ctypedef void GateBackward(float *dgate, float *dup, const float *dout, const float *gate, const float *up,

@@ -18,7 +18,7 @@ cdef enum:
     PACK_COST = 8        # packing a float costs about as much as this many multiply-adds
     FEW_ROWS = 4         # up to here, dot products over w's rows beat packing w
     STRIP = 64           # columns of a bias gradient that one thread sums
-    DOT_COLUMNS = 4      # outputs of a row that dot_rows makes together
+    DOT_COLUMNS = 16     # a thread's share of a row's outputs, in whole cache lines
     WIDE_DEPTH = 512     # a block of w that is widened: this many terms of the sum,
     WIDE_COLUMNS = 96    # by this many outputs; they fit in the scratch of attention's scores, 2 SCORES
     SPAN = 8192          # floats, as the element-wise layers have it
@@ -102,23 +102,18 @@ cdef void _widened(float *c, const float *a, const uint16_t *w, bint transposed,
 
 cdef void _dot_block(Py_ssize_t j, Py_ssize_t n, float *out, const float *x, Weights w, const float *bias,
                      Py_ssize_t M, Py_ssize_t N, Py_ssize_t K) noexcept nogil:
-    if j >= N:
-        return
-    n = min(n, N - j)
-    if w.bf16:
-        isa.kernels.dot_rows_bf16(out + j, N, x, K, M, <uint16_t *> w.data + j * K, K, K, n,
-                                  NULL if bias == NULL else bias + j)
-    else:
-        isa.kernels.dot_rows(out + j, N, x, K, M, <float *> w.data + j * K, K, K, n,
-                             NULL if bias == NULL else bias + j)
+    cdef isa.DotRows *dot_rows = isa.kernels.dot_rows_bf16 if w.bf16 else isa.kernels.dot_rows
+    if j < N:
+        dot_rows(out + j, N, x, K, M, w.data + j * K * (2 if w.bf16 else 4), K, K, min(n, N - j),
+                 NULL if bias == NULL else bias + j, thread_scratch(threadid()))
 
 
 cdef void rows_times_transposed(float *out, const float *x, Weights w, const float *bias, Py_ssize_t M, Py_ssize_t N,
                                 Py_ssize_t K) noexcept nogil:
     """out (M,N) = x (M,K) w (N,K)^T + bias: decoding has a row or a few, and reads w once, where it lies."""
     cdef Py_ssize_t t, n, tasks = isa.threads
-    if M <= FEW_ROWS:
-        n = _share(N, DOT_COLUMNS, isa.threads)
+    if M <= FEW_ROWS and FEW_ROWS * K <= isa.kernels.gemm_scratch:
+        n = _share(N, DOT_COLUMNS, tasks)
         for t in prange(tasks, num_threads=isa.threads, schedule="static", chunksize=1):
             _dot_block(t * n, n, out, x, w, bias, M, N, K)
     elif w.bf16:

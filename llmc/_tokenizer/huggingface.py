@@ -131,7 +131,7 @@ class HuggingFaceTokenizer:
         """Which ids begin and end texts, and whether the first is put in front of a prompt."""
         config = self._config
         plain, full = (self._ordinary.encode("a", add_special_tokens=add).ids for add in (False, True))
-        leader = full[0] if len(full) > len(plain) and full[1 : len(plain) + 1] == plain else None
+        leader = full[0] if full and full[1 : len(plain) + 1] == plain else None
         bos, eos = (self._named(role) for role in ("bos_token", "eos_token"))
         bos = next((i for i in (bos, leader, config.bos) if i is not None and i < self.vocab_size), None)
         ends = dict.fromkeys(i for i in (eos, *config.eos) if i is not None and i < self.vocab_size)

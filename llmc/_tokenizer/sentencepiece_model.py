@@ -102,8 +102,6 @@ class SentencePieceTokenizer:
         piece = str(self._model.id_to_piece(i))
         if self._model.is_byte(i):
             return bytes([int(piece[3:5], 16)])
-        if self._model.is_control(i) or self._model.is_unknown(i):
-            return piece.encode()
         return piece.replace(SPACE, " ").encode()
 
     def _roles(self) -> tuple[Special, bool]:

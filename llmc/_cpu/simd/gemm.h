@@ -354,48 +354,57 @@ static void gemm_bf16(float *c, ptrdiff_t ldc, const float *a, ptrdiff_t a_rs, p
 
 /* ---- a row or a few ---------------------------------------------------------------------------------- */
 
-/* M rows of x times n rows of w; the sums of DOT_ROWS x DOT_COLUMNS of them stay in registers. */
-enum { DOT_ROWS = 4, DOT_COLUMNS = 4 };
+/* A row of w at a time: memory is then one stream, which the machine sees coming; several at once, rows being short,
+ * halve the bandwidth.  DOT_ROWS rows of x meet it in registers, each with DOT_SUMS sums that are added at the end. */
+enum { DOT_ROWS = 4, DOT_SUMS = 2 };
 
+/* m rows of x and n of w.  Vectors of w come in pairs: where it is narrow, even and odd elements from one load.  x has
+ * them alike, those of one step for all rows side by side, in `turned`; a wide w meets x as it is. */
 ALWAYS_INLINE void dot_body(const int m, const int narrow, float *out, ptrdiff_t ldo, const float *x, ptrdiff_t ldx,
-                            const void *w, ptrdiff_t ldw, ptrdiff_t K, ptrdiff_t n, const float *bias) {
-    for (ptrdiff_t j = 0; j < n; j += DOT_COLUMNS) {
-        ptrdiff_t columns = n - j < DOT_COLUMNS ? n - j : DOT_COLUMNS, at[DOT_COLUMNS];
-        for (ptrdiff_t c = 0; c < DOT_COLUMNS; c++) at[c] = (j + (c < columns ? c : 0)) * ldw;
-        vec acc[DOT_ROWS][DOT_COLUMNS];
-#pragma GCC unroll 4
+                            const char *w, ptrdiff_t ldw, ptrdiff_t K, ptrdiff_t n, const float *bias, float *turned) {
+    enum { STEP = DOT_SUMS * VL };
+    const ptrdiff_t whole = K / STEP * STEP;
+    for (ptrdiff_t k = 0; narrow && k < whole; k += STEP)
         for (int i = 0; i < m; i++)
+            for (int c = 0; c < STEP; c++) turned[k * m + i * STEP + c] = x[i * ldx + k + c % VL * 2 + c / VL];
+    for (ptrdiff_t j = 0; j < n; j++, w += ldw * (narrow ? 2 : 4)) {
+        const uint16_t *half = (const uint16_t *)w;
+        const float *full = (const float *)w;
+        vec acc[DOT_ROWS][DOT_SUMS];
 #pragma GCC unroll 4
-            for (int c = 0; c < DOT_COLUMNS; c++) acc[i][c] = v_set(0.0f);
-        for (ptrdiff_t k = 0; k < K; k += VL) {
-            vec wv[DOT_COLUMNS];
-#pragma GCC unroll 4
-            for (int c = 0; c < DOT_COLUMNS; c++)
-                wv[c] = narrow ? load_bf16_upto((const uint16_t *)w + at[c] + k, K - k)
-                               : load_upto((const float *)w + at[c] + k, K - k);
+        for (int i = 0; i < m; i++) acc[i][0] = acc[i][1] = v_set(0.0f);
+        for (ptrdiff_t k = 0; k < whole; k += STEP) {
+            vec w0, w1;
+            if (narrow)
+                v_load_bf16_pairs(half + k, &w0, &w1);
+            else
+                w0 = v_load(full + k), w1 = v_load(full + k + VL);
 #pragma GCC unroll 4
             for (int i = 0; i < m; i++) {
-                vec xv = load_upto(x + i * ldx + k, K - k);
-#pragma GCC unroll 4
-                for (int c = 0; c < DOT_COLUMNS; c++) acc[i][c] = v_fma(xv, wv[c], acc[i][c]);
+                const float *p = narrow ? turned + k * m + i * STEP : x + i * ldx + k;
+                acc[i][0] = v_fma(v_load(p), w0, acc[i][0]);
+                acc[i][1] = v_fma(v_load(p + VL), w1, acc[i][1]);
             }
+        }
+        for (ptrdiff_t k = whole; k < K; k += VL) {
+            vec wv = narrow ? load_bf16_upto(half + k, K - k) : load_upto(full + k, K - k);
+#pragma GCC unroll 4
+            for (int i = 0; i < m; i++) acc[i][0] = v_fma(load_upto(x + i * ldx + k, K - k), wv, acc[i][0]);
         }
 #pragma GCC unroll 4
         for (int i = 0; i < m; i++)
-#pragma GCC unroll 4
-            for (int c = 0; c < DOT_COLUMNS; c++)
-                if (c < columns) out[i * ldo + j + c] = v_sum(acc[i][c]) + (bias ? bias[j + c] : 0.0f);
+            out[i * ldo + j] = v_sum(v_add(acc[i][0], acc[i][1])) + (bias ? bias[j] : 0.0f);
     }
 }
 
 ALWAYS_INLINE void dot_any(const int narrow, float *out, ptrdiff_t ldo, const float *x, ptrdiff_t ldx, ptrdiff_t M,
-                           const void *w, ptrdiff_t ldw, ptrdiff_t K, ptrdiff_t n, const float *bias) {
-    for (; M > 0; M -= DOT_ROWS, out += DOT_ROWS * ldo, x += DOT_ROWS * ldx) {
+                           const char *w, ptrdiff_t ldw, ptrdiff_t K, ptrdiff_t n, const float *bias, float *turned) {
+    for (ptrdiff_t i = 0; i < M; i += DOT_ROWS) {
 #define DOT(ROWS)                                                                                                      \
     case (ROWS):                                                                                                       \
-        dot_body(ROWS, narrow, out, ldo, x, ldx, w, ldw, K, n, bias);                                                  \
+        dot_body(ROWS, narrow, out + i * ldo, ldo, x + i * ldx, ldx, w, ldw, K, n, bias, turned);                      \
         break;
-        switch (M < DOT_ROWS ? M : DOT_ROWS) {
+        switch (M - i < DOT_ROWS ? M - i : DOT_ROWS) {
             DOT(1)
             DOT(2)
             DOT(3)
@@ -406,17 +415,17 @@ ALWAYS_INLINE void dot_any(const int narrow, float *out, ptrdiff_t ldo, const fl
 }
 
 /* out[i, j] = dot(x_i, w_j) + bias[j] for M rows x_i and n rows w_j of length K: a matrix of a few rows times a
- * transposed one, where packing would cost more than the product.  Each w_j is read once for four rows of x, and each
- * sum is taken in the same order whatever M is. */
+ * transposed one, where packing would cost more than the product.  w is read once for DOT_ROWS rows of x, and each sum
+ * is taken in the same order whatever M is.  `scratch` is not used. */
 static void dot_rows(float *out, ptrdiff_t ldo, const float *x, ptrdiff_t ldx, ptrdiff_t M, const void *w,
-                     ptrdiff_t ldw, ptrdiff_t K, ptrdiff_t n, const float *bias) {
-    dot_any(0, out, ldo, x, ldx, M, w, ldw, K, n, bias);
+                     ptrdiff_t ldw, ptrdiff_t K, ptrdiff_t n, const float *bias, float *scratch) {
+    dot_any(0, out, ldo, x, ldx, M, w, ldw, K, n, bias, scratch);
 }
 
-/* The same for a w of bf16 numbers, which are widened in registers. */
+/* The same for a w of bf16 numbers, which are widened in registers.  scratch: DOT_ROWS K floats. */
 static void dot_rows_bf16(float *out, ptrdiff_t ldo, const float *x, ptrdiff_t ldx, ptrdiff_t M, const void *w,
-                          ptrdiff_t ldw, ptrdiff_t K, ptrdiff_t n, const float *bias) {
-    dot_any(1, out, ldo, x, ldx, M, w, ldw, K, n, bias);
+                          ptrdiff_t ldw, ptrdiff_t K, ptrdiff_t n, const float *bias, float *scratch) {
+    dot_any(1, out, ldo, x, ldx, M, w, ldw, K, n, bias, scratch);
 }
 
 /* out += the sum of factor[j] x_j over `rows` rows of n floats, ldx apart */

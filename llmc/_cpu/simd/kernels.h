@@ -20,7 +20,7 @@ typedef void Gemm(float *c, ptrdiff_t ldc, const float *a, ptrdiff_t a_rs, ptrdi
                   ptrdiff_t b_rs, ptrdiff_t b_cs, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K, int add, const float *bias,
                   float *scratch);
 typedef void DotRows(float *out, ptrdiff_t ldo, const float *x, ptrdiff_t ldx, ptrdiff_t M, const void *w,
-                     ptrdiff_t ldw, ptrdiff_t K, ptrdiff_t n, const float *bias);
+                     ptrdiff_t ldw, ptrdiff_t K, ptrdiff_t n, const float *bias, float *scratch);
 
 typedef void GateForward(float *out, const float *gate, const float *up, ptrdiff_t n);
 typedef void GateBackward(float *dgate, float *dup, const float *dout, const float *gate, const float *up, ptrdiff_t n);

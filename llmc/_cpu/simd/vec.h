@@ -15,6 +15,7 @@
  *     v_round_bf16       lanes rounded to bf16, ties to even; NaN stays NaN
  *     v_load_bf16 v_store_bf16       VL bf16 numbers at any 2-byte address, exactly; rounded as by v_round_bf16
  *     v_load_bf16_n v_store_bf16_n   the first n < VL of them
+ *     v_load_bf16_pairs(p, &even, &odd)   2 VL of them, those of even and of odd index
  *     v_frexp(x, &e)     m in [sqrt(1/2), sqrt(2)) and an integral-valued e with x = m 2^e; x > 0, finite and normal
  *     vd_zero vd_sum vd_sqacc(acc, x)   acc += x*x in double, all lanes of x
  *

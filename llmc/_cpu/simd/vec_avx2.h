@@ -112,6 +112,11 @@ static inline void v_store_bf16(uint16_t *p, vec a) {
     x = _mm256_permute4x64_epi64(_mm256_packus_epi32(x, x), 0xD8);
     _mm_storeu_si128((__m128i *)p, _mm256_castsi256_si128(x));
 }
+static inline void v_load_bf16_pairs(const uint16_t *p, vec *even, vec *odd) {
+    __m256i x = _mm256_loadu_si256((const __m256i *)p);
+    *even = _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
+    *odd = _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32((int)0xFFFF0000)));
+}
 static inline vec v_load_bf16_n(const uint16_t *p, ptrdiff_t n) {
     uint16_t some[8] = {0};
     for (ptrdiff_t i = 0; i < n; i++) some[i] = p[i];

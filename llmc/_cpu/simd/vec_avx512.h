@@ -109,6 +109,11 @@ static inline __m256i v_to_bf16(vec a) {
 }
 static inline vec v_load_bf16(const uint16_t *p) { return v_from_bf16(_mm256_loadu_si256((const __m256i *)p)); }
 static inline void v_store_bf16(uint16_t *p, vec a) { _mm256_storeu_si256((__m256i *)p, v_to_bf16(a)); }
+static inline void v_load_bf16_pairs(const uint16_t *p, vec *even, vec *odd) {
+    __m512i x = _mm512_loadu_si512(p);
+    *even = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
+    *odd = _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32((int)0xFFFF0000)));
+}
 static inline vec v_load_bf16_n(const uint16_t *p, ptrdiff_t n) {
     return v_from_bf16(_mm256_maskz_loadu_epi16(v_mask(n), p));
 }

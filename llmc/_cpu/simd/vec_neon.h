@@ -93,6 +93,11 @@ static inline vec v_load_bf16(const uint16_t *p) { return vreinterpretq_f32_u32(
 static inline void v_store_bf16(uint16_t *p, vec a) {
     vst1_u16(p, vshrn_n_u32(vreinterpretq_u32_f32(v_round_bf16(a)), 16));
 }
+static inline void v_load_bf16_pairs(const uint16_t *p, vec *even, vec *odd) {
+    uint32x4_t x = vreinterpretq_u32_u16(vld1q_u16(p));
+    *even = vreinterpretq_f32_u32(vshlq_n_u32(x, 16));
+    *odd = vreinterpretq_f32_u32(vandq_u32(x, vdupq_n_u32(0xFFFF0000)));
+}
 static inline vec v_load_bf16_n(const uint16_t *p, ptrdiff_t n) {
     uint16_t some[4] = {0};
     for (ptrdiff_t i = 0; i < n; i++) some[i] = p[i];

@@ -87,6 +87,10 @@ static inline void v_store_bf16(uint16_t *p, vec a) {
     memcpy(&bits, &a, sizeof bits);
     *p = (uint16_t)(bits >> 16);
 }
+static inline void v_load_bf16_pairs(const uint16_t *p, vec *even, vec *odd) {
+    *even = v_load_bf16(p);
+    *odd = v_load_bf16(p + 1);
+}
 static inline vec v_load_bf16_n(const uint16_t *p, ptrdiff_t n) { return n > 0 ? v_load_bf16(p) : 0.0f; }
 static inline void v_store_bf16_n(uint16_t *p, vec a, ptrdiff_t n) {
     if (n > 0) v_store_bf16(p, a);
