@@ -1,10 +1,11 @@
 """What a call of an op costs at the least: floating-point operations, and bytes to and from memory.
 
-A product of M x K and K x N counts 2 M N K, a linear layer's backward pass two such products.  Causal attention counts
-the T (T + 1) / 2 scores that are not masked, in two products forward and five backward.  Everything else that an op
-computes is not counted.  Bytes are those of every argument once for reading and once for writing, however often an op
-comes back to them; of a table, the rows in use; of an update, the spans.  A cache may spare an op even these, or cost
-it more.
+A product of M x K and K x N counts 2 M N K, a linear layer's backward pass two such products, or one where the matrix
+is not trained.  Attention counts the scores of the keys that are seen, T (T + 1) / 2 of each head where there is no
+window, in two products forward and five backward.  Everything else that an op computes is not counted.  Bytes are those
+of every argument once for reading and once for writing, however often an op comes back to them; of a table, the rows in
+use, which sequences at one place share; of channels beside each other, those in use; of an update, the spans.  A cache
+may spare an op even these, or cost it more.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from llmc.arena import Array
 from llmc.ops import Ops
@@ -23,7 +26,7 @@ ROLES: dict[str, dict[str, str]] = {
     "zero": {"x": "w"},
     "copy": {"out": "w", "x": "r"},
     "normal": {"out": "w"},
-    "embedding_forward": {"out": "w", "tokens": "r", "wte": "r", "wpe": "r"},
+    "embedding_forward": {"out": "w", "tokens": "r", "positions": "r", "wte": "r", "wpe": "r"},
     "embedding_backward": {"dwte": "u", "dwpe": "s", "dout": "r", "tokens": "r"},
     "layernorm_forward": {"out": "w", "mean": "w", "rstd": "w", "x": "r", "w": "r", "b": "r"},
     "layernorm_backward": {
@@ -32,16 +35,28 @@ ROLES: dict[str, dict[str, str]] = {
     "residual_layernorm_forward": {
         "total": "w", "out": "w", "mean": "w", "rstd": "w", "x": "r", "branch": "r", "w": "r", "b": "r",
     },
+    "rmsnorm_forward": {"out": "w", "rstd": "w", "x": "r", "w": "r"},
+    "rmsnorm_backward": {"dx": "u", "dw": "s", "dout": "r", "x": "r", "rstd": "r", "w": "r"},
+    "residual_rmsnorm_forward": {"total": "w", "out": "w", "rstd": "w", "x": "r", "branch": "r", "w": "r"},
+    "rope_forward": {"qkv": "u", "positions": "r", "table": "r"},
+    "rope_backward": {"dqkv": "u", "table": "r"},
     "linear_forward": {"out": "w", "x": "r", "w": "r", "b": "r"},
     "linear_backward": {"dx": "w", "dw": "s", "db": "s", "dout": "r", "x": "r", "w": "r"},
+    "lora_forward": {"out": "u", "hidden": "w", "x": "r", "a": "r", "b": "r"},
+    "lora_backward": {"da": "s", "db": "s", "dhidden": "w", "dout": "r", "hidden": "r", "x": "r", "b": "r"},
+    "lora_backward_input": {"dx": "u", "dhidden": "r", "a": "r"},
     "linear_gelu_forward": {"out": "w", "pre": "w", "x": "r", "w": "r", "b": "r"},
     "gelu_linear_backward": {"dpre": "w", "dw": "s", "db": "s", "dout": "r", "pre": "r", "x": "r", "w": "r"},
     "gelu_forward": {"out": "w", "x": "r"},
     "gelu_backward": {"dx": "w", "dout": "r", "x": "r"},
     "residual_forward": {"out": "w", "x": "r", "branch": "r"},
+    "swiglu_forward": {"out": "w", "x": "r"},
+    "swiglu_backward": {"dx": "w", "dout": "r", "x": "r"},
+    "geglu_forward": {"out": "w", "x": "r"},
+    "geglu_backward": {"dx": "w", "dout": "r", "x": "r"},
     "attention_forward": {"out": "w", "lse": "w", "qkv": "r"},
     "attention_backward": {"dqkv": "w", "dout": "r", "qkv": "r", "out": "r", "lse": "r"},
-    "attention_decode": {"out": "w", "keys": "r", "values": "r", "qkv": "r"},
+    "attention_decode": {"out": "w", "keys": "r", "values": "r", "qkv": "r", "positions": "r"},
     "head_loss": {"losses": "w", "dx": "w", "dw": "s", "x": "r", "w": "r", "targets": "r"},
     "head_logits": {"logits": "w", "x": "r", "w": "r"},
     "sum_losses": {"total": "s", "losses": "r"},
@@ -88,34 +103,62 @@ class Cost:
         return "GFLOP/s" if self.products else "GB/s"
 
 
+def _seen(T: int, window: int, start: int = 0) -> float:
+    """Keys that T tokens see, all together, the first of them at `start`."""
+    if window <= 0:
+        return T * start + T * (T + 1) / 2
+    growing = min(max(window - 1 - start, 0), T)  # tokens that see fewer than `window`
+    return _seen(growing, 0, start) + (T - growing) * window
+
+
 def _scores(a: Arguments) -> float:
     """FLOPs of one product of causal attention."""
     B, T, C = a["out"].shape
-    return float(B * T * (T + 1) * C)
+    return 2.0 * B * C * _seen(T, a["window"])
+
+
+def _decode(a: Arguments) -> float:
+    _, T, C = a["out"].shape
+    return 4.0 * C * sum(_seen(T, a["window"], start) for start in _starts(a))
+
+
+def _starts(a: Arguments) -> list[int]:
+    """Where the sequences' new tokens begin; waits for a device."""
+    return [int(start) for start in np.asarray(a["positions"])]
 
 
 def _linear(a: Arguments) -> float:
     return 2.0 * a["x"].size * a["w"].shape[0]
 
 
+def _linear_backward(a: Arguments) -> float:
+    return 2.0 * a["dout"].size * a["w"].shape[1] * (1 if a["dw"] is None else 2)
+
+
 def _head(a: Arguments) -> float:
-    return 2.0 * a["x"].size * a["V"]
+    """Logits, and the gradients that are wanted."""
+    return 2.0 * a["x"].size * a["V"] * sum(a.get(name, None) is not None for name in ("w", "dx", "dw"))
 
 
-def _decode(a: Arguments) -> float:
-    B, T, C = a["out"].shape
-    return 4.0 * B * C * (T * a["position"] + T * (T + 1) / 2)
+def _adapter(a: Arguments, products: tuple[str, ...]) -> float:
+    """Products of (tokens x K), (tokens x n) or both with the rank."""
+    tokens = a["hidden"].shape[0] * a["hidden"].shape[1]
+    widths = {"x": a["x"].shape[2], "out": a["b"].shape[0]}
+    return 2.0 * tokens * a["hidden"].shape[2] * sum(widths[name] for name in products)
 
 
 FLOPS: dict[str, Callable[[Arguments], float]] = {
     "linear_forward": _linear,
-    "linear_backward": lambda a: 2 * _linear(a),
+    "linear_backward": _linear_backward,
+    "lora_forward": lambda a: _adapter(a, ("x", "out")),
+    "lora_backward": lambda a: _adapter(a, ("out", "out", "x")),
+    "lora_backward_input": lambda a: 2.0 * a["dx"].size * a["a"].shape[0],
     "linear_gelu_forward": _linear,
-    "gelu_linear_backward": lambda a: 2 * _linear(a),
+    "gelu_linear_backward": _linear_backward,
     "attention_forward": lambda a: 2 * _scores(a),
     "attention_backward": lambda a: 5 * _scores(a),
     "attention_decode": _decode,
-    "head_loss": lambda a: _head(a) * (1 if a["dx"] is None else 3),
+    "head_loss": _head,
     "head_logits": _head,
 }
 
@@ -125,17 +168,23 @@ def _nbytes(op: str, name: str, a: Arguments) -> float:
     value = a[name]
     if name in ("wte", "dwte"):
         return a["tokens"].size * value.shape[1] * value.itemsize
-    if name == "wpe":
+    if name == "wpe" or (name == "dwpe" and a["accumulate"]):
         return a["tokens"].shape[1] * value.shape[1] * value.itemsize
-    if name == "dwpe" and a["accumulate"]:
-        return a["tokens"].shape[1] * value.shape[1] * value.itemsize
+    if "heads" in a:
+        turned, table = a["qkv" if "qkv" in a else "dqkv"], a["table"]
+        if name == "table":
+            return turned.shape[1] * table.shape[1] * value.itemsize
+        if value is turned:
+            return turned.shape[0] * turned.shape[1] * a["heads"] * table.shape[1] * value.itemsize
+    if "column" in a and name in ("out", "dout"):
+        return a["hidden"].shape[0] * a["hidden"].shape[1] * a["b"].shape[0] * value.itemsize
     if name == "w" and "V" in a:
         return a["V"] * value.shape[1] * value.itemsize
     if "spans" in a and name not in ("hyper", "scale"):
         return sum(stop - start for start, stop, _ in a["spans"]) * value.itemsize
-    if name in ("keys", "values"):
-        B, _, C = a["out"].shape
-        return B * a["position"] * C * value.itemsize
+    if name in ("keys", "values"):  # tokens of before that the first of the new ones sees
+        before = (start if a["window"] <= 0 else min(start, a["window"] - 1) for start in _starts(a))
+        return sum(before) * value.shape[2] * value.itemsize
     return float(value.nbytes)
 
 
@@ -163,7 +212,8 @@ def cost(op: str, arguments: Arguments) -> Cost:
                 given[name] = "u"
                 del given[other]
     if op == "attention_decode":  # the new tokens' keys and values go to the cache
-        given["new"], sizes["new"] = "w", 2.0 / 3.0 * arguments["qkv"].nbytes
+        B, T, _ = arguments["out"].shape
+        given["new"], sizes["new"] = "w", 2.0 * B * T * arguments["keys"].shape[2] * arguments["keys"].itemsize
     largest = max(sizes[name] for name in given)
     kinds = [("u" if role == "s" else role) for name, role in given.items() if sizes[name] >= BIG * largest]
     read = sum(sizes[name] for name, role in given.items() if role != "w")
@@ -176,8 +226,14 @@ def cost(op: str, arguments: Arguments) -> Cost:
 
 
 def shape(op: str, arguments: Arguments) -> str:
-    """The size by which calls of one op differ: K -> N of a layer, else ""."""
+    """The size by which calls of one op differ: K -> N of a layer, K -> r -> n of an adapter, else ""."""
     if "linear" in op:
         N, K = arguments["w"].shape
         return f"{K} -> {N}"
+    if op == "lora_backward_input":
+        r, K = arguments["a"].shape
+        return f"{K} -> {r}"
+    if "lora" in op:
+        n, r = arguments["b"].shape
+        return f"{arguments['x'].shape[2]} -> {r} -> {n}"
     return ""

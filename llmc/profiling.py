@@ -28,7 +28,7 @@ PART_OF = {
     "head_loss": PARTS[1], "sum_losses": PARTS[1], "zero": PARTS[2], "global_norm": PARTS[3], "clip_scale": PARTS[3],
     "adamw_step": PARTS[3], "copy": PARTS[3],
 }  # fmt: skip
-DECISIVE = {"V", "H", "position", "accumulate", "spans"}  # beside shapes, what a call's cost depends on
+DECISIVE = {"V", "H", "heads", "window", "accumulate", "spans"}  # beside shapes, what a call's cost depends on
 
 HEAD_START = 0.1  # seconds that a GPU is kept busy before a step, at most
 RESOLUTION = 1e-9  # seconds; an op that launches nothing may take 0 by a device's clock

@@ -62,7 +62,7 @@ def main() -> None:
     for dtype in args.dtypes.split(","):
         backend = ops.load("cuda", dtype=dtype, gemm=args.gemm, attention="own")
         for sizes in SHAPES[: args.shapes]:
-            backend.reserve(4 * sizes.C, sizes.Vp, 1 << 20, sizes.B * sizes.T, 4 * sizes.H)
+            backend.reserve(4 * sizes.C, sizes.Vp, 1 << 20, sizes.B * sizes.T, 4 * sizes.H, sizes.C // sizes.H)
             for op in OUTPUTS:
                 for accumulate in (False, True) if "accumulate" in names(op) else (False,):
                     rng = np.random.default_rng(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from guard import OUTPUTS, Arguments, Sizes, example
@@ -40,23 +41,37 @@ COUNTS = [
     ("zero", 0, 0, ROWS, (0, 1, 0)),
     ("copy", 0, ROWS, ROWS, (1, 1, 0)),
     ("normal", 0, 0, ROWS, (0, 1, 0)),
-    ("embedding_forward", 0, ROWS + 3 * 8 + TOKENS, ROWS, (2, 1, 0)),
+    ("embedding_forward", 0, ROWS + 3 * 8 + TOKENS + 2, ROWS, (2, 1, 0)),
     ("embedding_backward", 0, 2 * ROWS + TOKENS, ROWS + 7 * 8, (1, 1, 1)),
     ("layernorm_forward", 0, ROWS + 2 * 8, ROWS + 2 * TOKENS, (1, 1, 0)),
     ("layernorm_backward", 0, 3 * ROWS + 2 * TOKENS + 8, ROWS + 2 * 8, (2, 0, 1)),
     ("residual_layernorm_forward", 0, 2 * ROWS + 2 * 8, 2 * ROWS + 2 * TOKENS, (2, 2, 0)),
+    ("rmsnorm_forward", 0, ROWS + 8, ROWS + TOKENS, (1, 1, 0)),
+    ("rmsnorm_backward", 0, 3 * ROWS + TOKENS + 8, ROWS + 8, (2, 0, 1)),
+    ("residual_rmsnorm_forward", 0, 2 * ROWS + 8, 2 * ROWS + TOKENS, (2, 2, 0)),
+    # one head of 4 channels of each token, and three rows of the table, which both sequences may share
+    ("rope_forward", 0, 24 + 12 + 2, 24, (1, 0, 1)),
+    ("rope_backward", 0, 24 + 12, 24, (1, 0, 1)),
     ("linear_forward", 2 * 6 * 12 * 8, ROWS + 96 + 12, 72, (2, 1, 0)),
     ("linear_backward", 4 * 6 * 12 * 8, 72 + ROWS + 96, ROWS + 96 + 12, (3, 2, 0)),
+    # rank 3 beside the last 8 of 12 columns
+    ("lora_forward", 2 * 6 * 3 * (8 + 8), 48 + ROWS + 24 + 24, 48 + 18, (3, 1, 1)),
+    ("lora_backward", 2 * 6 * 3 * (8 + 8 + 8), 48 + 18 + ROWS + 24, 24 + 24 + 18, (4, 3, 0)),
+    ("lora_backward_input", 2 * 6 * 3 * 8, ROWS + 18 + 24, ROWS, (2, 0, 1)),
     ("linear_gelu_forward", 2 * 6 * 12 * 8, ROWS + 96 + 12, 2 * 72, (2, 2, 0)),
     ("gelu_linear_backward", 4 * 6 * 12 * 8, 72 + 2 * ROWS + 96, ROWS + 96 + 12, (4, 2, 0)),
     ("gelu_forward", 0, ROWS, ROWS, (1, 1, 0)),
     ("gelu_backward", 0, 2 * ROWS, ROWS, (2, 1, 0)),
     ("residual_forward", 0, 2 * ROWS, ROWS, (2, 1, 0)),
-    # 6 of 9 scores in each of 2 x 2 heads of 4 channels: 2 * 24 * 4 FLOPs a product
-    ("attention_forward", 2 * 2 * 24 * 4, 3 * ROWS, ROWS + 12, (1, 1, 0)),
-    ("attention_backward", 5 * 2 * 24 * 4, 5 * ROWS + 12, 3 * ROWS, (3, 1, 0)),
-    # three tokens after four: they see 5, 6 and 7 keys, in two products of 2 * 8 each, twice
-    ("attention_decode", 2 * 2 * 18 * 2 * 8, 2 * 2 * 4 * 8 + 3 * ROWS, ROWS + 2 * ROWS, (3, 2, 0)),
+    ("swiglu_forward", 0, 2 * ROWS, ROWS, (1, 1, 0)),
+    ("swiglu_backward", 0, 3 * ROWS, 2 * ROWS, (2, 1, 0)),
+    ("geglu_forward", 0, 2 * ROWS, ROWS, (1, 1, 0)),
+    ("geglu_backward", 0, 3 * ROWS, 2 * ROWS, (2, 1, 0)),
+    # 5 of 9 scores, a window of two, in each of 2 x 2 heads of 4 channels that share one of keys and values
+    ("attention_forward", 2 * 2 * 20 * 4, 2 * ROWS, ROWS + 12, (1, 1, 0)),
+    ("attention_backward", 5 * 2 * 20 * 4, 4 * ROWS + 12, 2 * ROWS, (3, 1, 0)),
+    # three tokens after four see two keys each, in two products of 2 * 8, twice; one of the four is seen
+    ("attention_decode", 2 * 2 * 6 * 2 * 8, 2 * 2 * 4 + 2 * ROWS + 2, ROWS + 2 * 2 * 3 * 4, (1, 2, 0)),
     ("head_loss", 3 * 2 * 6 * 11 * 8, ROWS + 11 * 8 + TOKENS, TOKENS + ROWS + 16 * 8, (2, 2, 0)),
     ("head_logits", 2 * 6 * 11 * 8, ROWS + 11 * 8, 66, (2, 1, 0)),
     ("sum_losses", 0, TOKENS, 2, (1, 1, 0)),
@@ -87,6 +102,20 @@ def test_accumulating_reads_what_it_adds_to() -> None:
     assert plain.written - adding.written == 4 * (7 - 3) * 8  # positions beyond T are not zeroed
 
 
+@pytest.mark.parametrize("window", [0, 1, 2, 3, 4, 5, 6, 7, 100])
+def test_windows(window: int) -> None:
+    """Every key that a token sees, counted one by one."""
+    channels, pair = 8, 2 * 4  # of queries; of keys and values
+    for op, products in (("attention_forward", 2), ("attention_backward", 5)):
+        seen = sum(min(t + 1, window or t + 1) for t in range(3))
+        assert cost(op, given(op, window=window)).flops == products * 2 * 2 * channels * seen
+    decode = given("attention_decode", window=window, positions=np.array([4, 1], np.int32))
+    seen = sum(min(start + t + 1, window or 9) for start in (4, 1) for t in range(3))
+    assert cost("attention_decode", decode).flops == 2 * 2 * channels * seen
+    kept = sum(min(start, window - 1 if window else 9) for start in (4, 1))
+    assert cost("attention_decode", decode).read == 4 * (kept * pair + 2 * ROWS + 2)
+
+
 def test_what_is_absent_costs_nothing() -> None:
     bare = cost("linear_forward", given("linear_forward", b=None))
     assert bare.read == 4 * (ROWS + 96)
@@ -94,6 +123,19 @@ def test_what_is_absent_costs_nothing() -> None:
     assert masters.written == 4 * 3 * 80 and masters.arrays == (1, 0, 3)
     alone = cost("head_loss", given("head_loss", dx=None, dw=None))
     assert (alone.flops, alone.written) == (2 * 6 * 11 * 8, 4 * TOKENS)
+    untrained = cost("head_loss", given("head_loss", dw=None))
+    assert (untrained.flops, untrained.written) == (2 * 2 * 6 * 11 * 8, 4 * (TOKENS + ROWS))
+    for op in ("linear_backward", "gelu_linear_backward"):
+        found, both = cost(op, given(op, dw=None, db=None)), cost(op, given(op))
+        assert (2 * found.flops, both.written - found.written) == (both.flops, 4 * (96 + 12))
+    assert cost("embedding_forward", given("embedding_forward", wpe=None)).read == 4 * (ROWS + TOKENS + 2)
+    assert cost("rmsnorm_backward", given("rmsnorm_backward", dw=None)).written == 4 * ROWS
+
+
+def test_a_matrix_of_bfloat16_is_half_as_much() -> None:
+    narrow = example("linear_forward", np.random.default_rng(0), SIZES)["w"].astype(ml_dtypes.bfloat16)
+    found = cost("linear_forward", given("linear_forward", w=narrow, b=None))
+    assert found.read == 4 * ROWS + 2 * 96 and found.flops == 2 * 6 * 12 * 8
 
 
 def test_in_place() -> None:
@@ -140,4 +182,7 @@ def test_unknown() -> None:
 def test_shape() -> None:
     assert costs.shape("linear_forward", given("linear_forward")) == "8 -> 12"
     assert costs.shape("gelu_linear_backward", given("gelu_linear_backward")) == "8 -> 12"
+    assert costs.shape("lora_forward", given("lora_forward")) == "8 -> 3 -> 8"
+    assert costs.shape("lora_backward", given("lora_backward")) == "8 -> 3 -> 8"
+    assert costs.shape("lora_backward_input", given("lora_backward_input")) == "8 -> 3"
     assert costs.shape("adamw_step", given("adamw_step")) == ""

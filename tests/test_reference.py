@@ -53,29 +53,34 @@ SHAPES = [(1, 1, 1), (1, 1, 2), (2, 3, 5), (1, 7, 4), (3, 2, 7)]  # B, T, C
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("B, T, C", SHAPES)
 def test_embedding(rng: np.random.Generator, B: int, T: int, C: int, accumulate: bool) -> None:
-    V, Vp, maxT = 4, 6, T + 2
+    V, Vp, maxT, scale, start = 4, 6, T + 2, 1.7, np.zeros(B, np.int32)
     tokens = rng.integers(0, V, (B, T)).astype(np.int32)
     wte, wpe, g = rng.normal(size=(Vp, C)), rng.normal(size=(maxT, C)), rng.normal(size=(B, T, C))
 
     def loss() -> float:
         out = np.empty((B, T, C))
-        reference.embedding_forward(out, tokens, wte, wpe, V, 0)
+        reference.embedding_forward(out, tokens, start, wte, wpe, V, scale)
         return float((out * g).sum())
 
     before_wte, before_wpe = rng.normal(size=wte.shape), rng.normal(size=wpe.shape)
     dwte, dwpe = before_wte.copy(), before_wpe.copy()
-    reference.embedding_backward(dwte, dwpe, g, tokens, accumulate)
+    reference.embedding_backward(dwte, dwpe, g, tokens, scale, accumulate)
     agree(dwte - before_wte, differences(loss, wte))
     agree(dwpe - before_wpe if accumulate else dwpe, differences(loss, wpe))
+    alone = before_wte.copy()
+    reference.embedding_backward(alone, None, g, tokens, scale, accumulate)
+    np.testing.assert_array_equal(alone, dwte)
 
 
-def test_embedding_position(rng: np.random.Generator) -> None:
+def test_embedding_positions(rng: np.random.Generator) -> None:
     wte, wpe = rng.normal(size=(3, 2)), rng.normal(size=(9, 2))
-    tokens = np.array([[2, 0, 2]], np.int32)
-    out = np.empty((1, 3, 2))
-    reference.embedding_forward(out, tokens, wte, wpe, 3, 5)
-    for t, token in enumerate([2, 0, 2]):
-        np.testing.assert_array_equal(out[0, t], wte[token] + wpe[5 + t])
+    tokens, positions = np.array([[2, 0, 2], [1, 1, 0]], np.int32), np.array([5, 1], np.int32)
+    out = np.empty((2, 3, 2))
+    reference.embedding_forward(out, tokens, positions, wte, wpe, 3, 0.5)
+    for b, t in np.ndindex(2, 3):
+        np.testing.assert_array_equal(out[b, t], 0.5 * wte[tokens[b, t]] + wpe[positions[b] + t])
+    reference.embedding_forward(out, tokens, positions, wte, None, 3, 0.5)
+    np.testing.assert_array_equal(out, 0.5 * wte[tokens])
 
 
 @pytest.mark.parametrize("accumulate", [False, True])
@@ -104,6 +109,93 @@ def test_layernorm(rng: np.random.Generator, B: int, T: int, C: int, accumulate:
     agree(dx - before[0], differences(loss, x))
     agree(dw - before[1] if accumulate else dw, differences(loss, w))
     agree(db - before[2] if accumulate else db, differences(loss, b))
+    alone = before[0].copy()
+    reference.layernorm_backward(alone, None, None, g, x, mean.copy(), rstd.copy(), w, accumulate)
+    np.testing.assert_array_equal(alone, dx)
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("B, T, C", SHAPES)
+def test_rmsnorm(rng: np.random.Generator, B: int, T: int, C: int, offset: float, accumulate: bool) -> None:
+    x, g, w = rng.normal(0.5, 2.0, (B, T, C)), rng.normal(size=(B, T, C)), rng.normal(1.0, 0.5, C)
+    out, rstd = np.empty((B, T, C)), np.empty((B, T))
+
+    def loss() -> float:
+        reference.rmsnorm_forward(out, rstd, x, w, 1e-3, offset)
+        return float((out * g).sum())
+
+    loss()
+    for i, t in np.ndindex(B, T):  # by its plainest definition
+        s = math.sqrt(sum(value**2 for value in x[i, t]) / C + 1e-3)
+        expected = [value / s * (offset + factor) for value, factor in zip(x[i, t], w, strict=True)]
+        np.testing.assert_allclose(out[i, t], expected, rtol=1e-12)
+        assert rstd[i, t] == pytest.approx(1 / s, rel=1e-12)
+    before = rng.normal(size=x.shape), rng.normal(size=C)
+    dx, dw = (array.copy() for array in before)
+    reference.rmsnorm_backward(dx, dw, g, x, rstd.copy(), w, offset, accumulate)
+    agree(dx - before[0], differences(loss, x))
+    agree(dw - before[1] if accumulate else dw, differences(loss, w))
+    alone = before[0].copy()
+    reference.rmsnorm_backward(alone, None, g, x, rstd.copy(), w, offset, accumulate)
+    np.testing.assert_array_equal(alone, dx)
+
+
+@pytest.mark.parametrize("heads, D, beside", [(1, 2, 0), (2, 6, 3), (0, 4, 5), (3, 4, 0)])
+def test_rope(rng: np.random.Generator, heads: int, D: int, beside: int) -> None:
+    """Complex numbers, a half each, times e^(i angle)."""
+    B, T, maxT = 2, 3, 9
+    x, g = (rng.normal(size=(B, T, heads * D + beside)) for _ in range(2))
+    turn = rng.normal(size=(maxT, D // 2))
+    table, positions = np.concatenate([np.cos(turn), np.sin(turn)], axis=-1), np.array([5, 0], np.int32)
+    out = x.copy()
+    reference.rope_forward(out, positions, table, heads)
+    expected = x.copy()
+    for b, t, h in np.ndindex(B, T, heads):
+        head = x[b, t, h * D : (h + 1) * D]
+        turned = (head[: D // 2] + 1j * head[D // 2 :]) * np.exp(1j * turn[positions[b] + t])
+        expected[b, t, h * D : (h + 1) * D] = np.concatenate([turned.real, turned.imag])
+    np.testing.assert_allclose(out, expected, rtol=1e-12, atol=1e-12)
+
+    def loss() -> float:
+        value = x.copy()
+        reference.rope_forward(value, np.zeros(B, np.int32), table, heads)
+        return float((value * g).sum())
+
+    dx = g.copy()
+    reference.rope_backward(dx, table, heads)
+    agree(dx, differences(loss, x))
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize(
+    "B, T, K, N, r, n, column", [(1, 1, 1, 1, 1, 1, 0), (2, 3, 5, 9, 2, 4, 3), (1, 4, 2, 5, 3, 5, 0)]
+)
+def test_lora(
+    rng: np.random.Generator, B: int, T: int, K: int, N: int, r: int, n: int, column: int, accumulate: bool
+) -> None:
+    """A layer's output with an adapter beside some of its columns; its gradients, and that of x."""
+    x, g, base = rng.normal(size=(B, T, K)), rng.normal(size=(B, T, N)), rng.normal(size=(B, T, N))
+    a, b, scale = rng.normal(size=(r, K)), rng.normal(size=(n, r)), 0.7
+    hidden, out = np.empty((B, T, r)), np.empty((B, T, N))
+
+    def loss() -> float:
+        out[...] = base
+        reference.lora_forward(out, hidden, x, a, b, scale, column)
+        return float((out * g).sum())
+
+    loss()
+    plain = base.copy()
+    plain[..., column : column + n] += np.einsum("btk,nk->btn", x, scale * b @ a)
+    np.testing.assert_allclose(out, plain, rtol=1e-12, atol=1e-12)
+    before = rng.normal(size=a.shape), rng.normal(size=b.shape), rng.normal(size=x.shape)
+    da, db, dx = (array.copy() for array in before)
+    dhidden = np.empty(hidden.shape)
+    reference.lora_backward(da, db, dhidden, g, hidden.copy(), x, b, scale, column, accumulate)
+    reference.lora_backward_input(dx, dhidden, a)
+    agree(da - before[0] if accumulate else da, differences(loss, a))
+    agree(db - before[1] if accumulate else db, differences(loss, b))
+    agree(dx - before[2], differences(loss, x))
 
 
 @pytest.mark.parametrize("gelu", [False, True])
@@ -141,6 +233,9 @@ def test_linear(
     agree(dw - before_w if accumulate else dw, differences(loss, w))
     if b is not None and db is not None:
         agree(db - before_b if accumulate else db, differences(loss, b))
+    alone = x.copy()
+    reference.linear_backward(alone, None, None, dout, alone, w, accumulate)
+    np.testing.assert_array_equal(alone, dx)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -196,6 +291,27 @@ def test_gelu_backward() -> None:
     agree(dx, differences(loss, x))
 
 
+@pytest.mark.parametrize("op", ["swiglu", "geglu"])
+def test_gates(rng: np.random.Generator, op: str) -> None:
+    gate = np.concatenate([np.linspace(-7, 7, 57), [-30.0, 30.0, 0.0]])
+    x, g = np.concatenate([gate, rng.normal(size=gate.size)])[None, None], rng.normal(size=(1, 1, gate.size))
+    out = np.empty(g.shape)
+
+    def loss() -> float:
+        getattr(reference, f"{op}_forward")(out, x)
+        return float((out * g).sum())
+
+    loss()
+    value = np.empty(gate.shape)
+    reference.gelu_forward(value, gate)
+    if op == "swiglu":
+        value = np.array([v / (1 + math.exp(-v)) for v in gate])
+    np.testing.assert_allclose(out[0, 0], value * x[0, 0, gate.size :], rtol=1e-12, atol=1e-15)
+    dx = x.copy()  # the contract lets dx be x
+    getattr(reference, f"{op}_backward")(dx, g, dx)
+    agree(dx, differences(loss, x))
+
+
 def test_residual(rng: np.random.Generator) -> None:
     x, branch = rng.normal(size=(2, 3, 4)), rng.normal(size=(2, 3, 4))
     out = x.copy()
@@ -203,90 +319,114 @@ def test_residual(rng: np.random.Generator) -> None:
     np.testing.assert_array_equal(out, x + branch)
 
 
-def naive_attention(qkv: Array, H: int) -> tuple[Array, Array]:
-    """Scalar loops: for each query, the softmax over the keys up to it."""
-    B, T, C = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
-    width = C // H
-    out, lse = np.zeros((B, T, C)), np.zeros((B, H, T))
-    for b in range(B):
-        for h in range(H):
-            for t in range(T):
-                q = qkv[b, t, h * width : (h + 1) * width]
-                weights = []
-                for s in range(t + 1):
-                    k = qkv[b, s, C + h * width : C + (h + 1) * width]
-                    weights.append(math.exp(float(q @ k) / math.sqrt(width)))
-                for s in range(t + 1):
-                    v = qkv[b, s, 2 * C + h * width : 2 * C + (h + 1) * width]
-                    out[b, t, h * width : (h + 1) * width] += weights[s] / sum(weights) * v
-                lse[b, h, t] = math.log(sum(weights))
+Attention = tuple[int, int, int, int, int, float, int, float]
+
+# B, T, H, G, D, scale, window, softcap
+ATTENTION: list[Attention] = [
+    (1, 1, 1, 1, 1, 1.0, 0, 0.0), (1, 1, 2, 2, 3, 0.5, 0, 0.0), (2, 5, 2, 2, 3, 0.58, 0, 0.0),
+    (1, 8, 1, 1, 4, 0.5, 0, 0.0), (2, 6, 4, 2, 3, 0.3, 0, 0.0), (1, 7, 3, 1, 2, 0.7, 0, 0.0),
+    (1, 7, 2, 1, 3, 0.5, 1, 0.0), (2, 6, 2, 2, 2, 0.5, 3, 0.0), (1, 5, 1, 1, 2, 0.5, 9, 0.0),
+    (1, 6, 2, 2, 3, 1.0, 0, 0.8), (2, 7, 6, 2, 3, 0.4, 4, 1.5),
+]  # fmt: skip
+
+
+def naive_attention(qkv: Array, case: Attention) -> tuple[Array, Array]:
+    """Scalar loops: for each query, the softmax over the keys that it sees."""
+    B, _, H, G, D, scale, window, softcap = case
+    T = qkv.shape[1]
+    out, lse = np.zeros((B, T, H * D)), np.zeros((B, H, T))
+    for b, h, t in np.ndindex(B, H, T):
+        g = h // (H // G)  # neighbours share
+        weights, values = [], []
+        for s in range(max(0, t - window + 1) if window else 0, t + 1):
+            key = qkv[b, s, (H + g) * D : (H + g + 1) * D]
+            score = scale * float(qkv[b, t, h * D : (h + 1) * D] @ key)
+            weights.append(math.exp(softcap * math.tanh(score / softcap) if softcap else score))
+            values.append(qkv[b, s, (H + G + g) * D : (H + G + g + 1) * D])
+        for weight, value in zip(weights, values, strict=True):
+            out[b, t, h * D : (h + 1) * D] += weight / sum(weights) * value
+        lse[b, h, t] = math.log(sum(weights))
     return out, lse
 
 
-ATTENTION = [(1, 1, 1, 1), (1, 1, 2, 3), (2, 5, 2, 3), (1, 8, 1, 4), (1, 7, 3, 2)]  # B, T, H, C/H
-
-
-@pytest.mark.parametrize("B, T, H, width", ATTENTION)
-def test_attention(rng: np.random.Generator, B: int, T: int, H: int, width: int) -> None:
-    C = H * width
-    qkv, g = rng.normal(size=(B, T, 3 * C)), rng.normal(size=(B, T, C))
-    out, lse = np.empty((B, T, C)), np.empty((B, H, T))
+@pytest.mark.parametrize("case", ATTENTION)
+def test_attention(rng: np.random.Generator, case: Attention) -> None:
+    B, T, H, G, D, scale, window, softcap = case
+    qkv, g = rng.normal(size=(B, T, (H + 2 * G) * D)), rng.normal(size=(B, T, H * D))
+    out, lse = np.empty((B, T, H * D)), np.empty((B, H, T))
 
     def loss() -> float:
-        reference.attention_forward(out, lse, qkv)
+        reference.attention_forward(out, lse, qkv, scale, window, softcap)
         return float((out * g).sum())
 
     loss()
-    plain_out, plain_lse = naive_attention(qkv, H)
+    plain_out, plain_lse = naive_attention(qkv, case)
     np.testing.assert_allclose(out, plain_out, rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(lse, plain_lse, rtol=1e-12, atol=1e-12)
     dqkv = np.empty(qkv.shape)
-    reference.attention_backward(dqkv, g, qkv, out.copy(), lse.copy())
+    reference.attention_backward(dqkv, g, qkv, out.copy(), lse.copy(), scale, window, softcap)
     agree(dqkv, differences(loss, qkv))
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7])
-@pytest.mark.parametrize("B, T, H, width", ATTENTION)
-def test_attention_decode(rng: np.random.Generator, B: int, T: int, H: int, width: int, chunk: int) -> None:
-    C, maxT = H * width, T + 3
-    qkv = rng.normal(size=(B, T, 3 * C))
-    expected, _ = naive_attention(qkv, H)
-    keys, values = np.full((B, maxT, C), np.nan), np.full((B, maxT, C), np.nan)
-    for start in range(0, T, chunk):
-        part = np.ascontiguousarray(qkv[:, start : start + chunk])
-        out = np.empty((B, part.shape[1], C))
-        reference.attention_decode(out, keys, values, part, H, start)
-        np.testing.assert_allclose(out, expected[:, start : start + chunk], rtol=1e-12, atol=1e-12)
-    assert np.isnan(keys[:, T:]).all() and np.isnan(values[:, T:]).all()
+@pytest.mark.parametrize("case", ATTENTION)
+def test_attention_decode(rng: np.random.Generator, case: Attention, chunk: int) -> None:
+    """As if all had come at once; the sequences of a batch are at places of their own."""
+    B, T, H, G, D, scale, window, softcap = case
+    maxT = T + 3
+    qkv = rng.normal(size=(B, T, (H + 2 * G) * D))
+    expected, _ = naive_attention(qkv, case)
+    keys, values = np.full((B, maxT, G * D), np.nan), np.full((B, maxT, G * D), np.nan)
+    done = np.arange(B, dtype=np.int32) % T  # the second is one token ahead
+    for b in range(B):
+        keys[b, : done[b]] = qkv[b, : done[b], H * D : (H + G) * D]
+        values[b, : done[b]] = qkv[b, : done[b], (H + G) * D :]
+    while done.max() < T:
+        n = min(chunk, T - int(done.max()))
+        part = np.stack([qkv[b, done[b] : done[b] + n] for b in range(B)])
+        out = np.empty((B, n, H * D))
+        reference.attention_decode(out, keys, values, part, done, H, scale, window, softcap)
+        for b in range(B):
+            np.testing.assert_allclose(out[b], expected[b, done[b] : done[b] + n], rtol=1e-12, atol=1e-12)
+        done += n
+    for b in range(B):
+        assert np.isnan(keys[b, done[b] :]).all() and np.isnan(values[b, done[b] :]).all()
 
 
 @pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("softcap", [0.0, 1.3])
 @pytest.mark.parametrize("B, T, C, V, Vp", [(1, 1, 1, 1, 1), (2, 3, 4, 5, 8), (1, 5, 3, 7, 7)])
 def test_head_loss(
-    rng: np.random.Generator, B: int, T: int, C: int, V: int, Vp: int, accumulate: bool
+    rng: np.random.Generator, B: int, T: int, C: int, V: int, Vp: int, softcap: float, accumulate: bool
 ) -> None:
     x, w = rng.normal(size=(B, T, C)), rng.normal(size=(Vp, C))
     targets = rng.integers(0, V, (B, T)).astype(np.int32)
     scale, losses = 0.37, np.empty((B, T))
 
     def loss() -> float:
-        reference.head_loss(losses, None, None, x, w, targets, V, scale, False)
+        reference.head_loss(losses, None, None, x, w, targets, V, scale, softcap, False)
         return scale * float(losses.sum())
 
     loss()
     logits = np.empty((B, T, V))
-    reference.head_logits(logits, x, w, V)
-    np.testing.assert_allclose(logits, np.einsum("btc,vc->btv", x, w[:V]), rtol=1e-12, atol=1e-12)
+    reference.head_logits(logits, x, w, V, softcap)
+    plain = np.einsum("btc,vc->btv", x, w[:V])
+    if softcap:
+        plain = np.array([softcap * math.tanh(value / softcap) for value in plain.flat]).reshape(plain.shape)
+    np.testing.assert_allclose(logits, plain, rtol=1e-12, atol=1e-12)
     for b, t in np.ndindex(B, T):
         denominator = sum(math.exp(value) for value in logits[b, t])
         expected = -math.log(math.exp(logits[b, t, targets[b, t]]) / denominator)
         assert losses[b, t] == pytest.approx(expected, rel=1e-12, abs=1e-12)
     before = rng.normal(size=w.shape)
     dw, dx, trained = before.copy(), x.copy(), np.empty((B, T))
-    reference.head_loss(trained, dx, dw, dx, w, targets, V, scale, accumulate)
+    reference.head_loss(trained, dx, dw, dx, w, targets, V, scale, softcap, accumulate)
     np.testing.assert_array_equal(trained, losses)
     agree(dx, differences(loss, x))
     agree(dw - before if accumulate else dw, differences(loss, w))
+    alone = x.copy()
+    reference.head_loss(trained, alone, None, alone, w, targets, V, scale, softcap, accumulate)
+    np.testing.assert_array_equal(alone, dx)
 
 
 def test_residual_layernorm(rng: np.random.Generator) -> None:
@@ -306,6 +446,18 @@ def test_residual_layernorm(rng: np.random.Generator) -> None:
         np.testing.assert_array_equal(alias, total)
         np.testing.assert_array_equal(outputs[0], expected[0])
         alias[...] = kept
+
+
+def test_residual_rmsnorm(rng: np.random.Generator) -> None:
+    x, branch, w = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 3, 5), (2, 3, 5), (5,)))
+    total, rstd = np.empty((2, 3, 5), np.float32), np.empty((2, 3))
+    out, expected = np.empty((2, 3, 5)), np.empty((2, 3, 5))
+    reference.residual_rmsnorm_forward(total, out, rstd, x, branch, w, 1e-3, 1.0)
+    np.testing.assert_array_equal(total, (x.astype(np.float64) + branch).astype(np.float32))
+    reference.rmsnorm_forward(expected, np.empty((2, 3)), total, w, 1e-3, 1.0)
+    np.testing.assert_array_equal(out, expected)
+    reference.residual_rmsnorm_forward(x, out, rstd, x, branch, w, 1e-3, 1.0)  # total may be x
+    np.testing.assert_array_equal(x, total)
 
 
 def test_copy(rng: np.random.Generator) -> None:
@@ -392,14 +544,15 @@ def test_empty_batches(B: int, T: int) -> None:
     x, out, stat = np.empty((B, T, C)), np.empty((B, T, C)), np.empty((B, T))
     tokens = np.empty((B, T), np.int32)
     w, b = np.ones((N, C)), np.ones(C)
-    reference.embedding_forward(out, tokens, w, w, N, 0)
+    reference.embedding_forward(out, tokens, np.zeros(B, np.int32), w, w, N, 1.0)
     reference.layernorm_forward(out, stat, stat, x, b, b, 1e-5)
-    reference.attention_forward(out, np.empty((B, 2, T)), np.empty((B, T, 3 * C)))
-    reference.attention_backward(np.empty((B, T, 12)), out, np.empty((B, T, 12)), out, np.empty((B, 2, T)))
+    lse, qkv = np.empty((B, 2, T)), np.empty((B, T, 2 * C))  # two query heads, one of keys and values
+    reference.attention_forward(out, lse, qkv, 1.0, 0, 0.0)
+    reference.attention_backward(qkv.copy(), out, qkv, out, lse, 1.0, 0, 0.0)
     dw, db = np.ones((N, C)), np.ones(C)
-    reference.head_loss(stat, x, dw, x, w, tokens, N, 1.0, True)
+    reference.head_loss(stat, x, dw, x, w, tokens, N, 1.0, 0.0, True)
     assert (dw == 1).all()
-    reference.head_loss(stat, x, dw, x, w, tokens, N, 1.0, False)
+    reference.head_loss(stat, x, dw, x, w, tokens, N, 1.0, 0.0, False)
     assert (dw == 0).all()
     reference.layernorm_backward(x, db, db, out, x, stat, stat, b, False)
     assert (db == 0).all()

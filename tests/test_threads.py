@@ -7,6 +7,7 @@ import subprocess
 import sys
 from types import ModuleType
 
+import ml_dtypes
 import numpy as np
 import pytest
 from guard import OUTPUTS, Sizes, example, number
@@ -16,7 +17,7 @@ from llmc.errors import ConfigError
 
 # Past the edges of every chunk, block and panel, with an odd rest: rows of a batch, tokens of a head
 # chunk, a GEMM's three blocks, several attention blocks.
-LARGE = Sizes(B=3, T=211, C=144, H=3, N=389, V=1201, Vp=1280, maxT=300)
+LARGE = Sizes(B=3, T=211, C=144, H=3, N=389, V=1201, Vp=1280, maxT=300, r=19)
 # One row, or fewer rows than threads.
 SMALL = Sizes(B=1, T=1, C=8, H=1, N=5, V=3, Vp=4, maxT=2)
 THREADS = (1, 2, 3, 4)
@@ -41,7 +42,22 @@ def test_same_bits(each_isa: ModuleType, op: str, sizes: Sizes) -> None:
                 assert content == results[0][name], f"{op}: {name} differs between 1 and {threads} threads"
 
 
-PRODUCTS = [op for op in OUTPUTS if op.startswith(("linear", "attention", "head"))]
+@pytest.mark.parametrize("sizes", [pytest.param(LARGE, marks=pytest.mark.heavy, id="large"), SMALL])
+@pytest.mark.parametrize("op", ["linear_forward", "linear_backward", "head_loss", "head_logits"])
+def test_same_bits_of_bfloat16(each_isa: ModuleType, op: str, sizes: Sizes) -> None:
+    """Matrices that are widened as they are read."""
+    results = []
+    for threads in THREADS:
+        each_isa.configure(isa=each_isa.info()["isa"], threads=threads)
+        given = example(op, np.random.default_rng(7), sizes, False)
+        given["w"] = given["w"].astype(ml_dtypes.bfloat16)
+        given.update({gradient: None for gradient in ("dw", "db") if gradient in given})
+        getattr(each_isa, op)(**given)
+        results.append([given[output].tobytes() for output in OUTPUTS[op] if given[output] is not None])
+    assert all(result == results[0] for result in results)
+
+
+PRODUCTS = [op for op in OUTPUTS if op.startswith(("linear", "lora", "attention", "head"))]
 
 
 @pytest.mark.parametrize("sizes", [pytest.param(LARGE, marks=pytest.mark.heavy, id="large"), SMALL])
@@ -115,7 +131,7 @@ targets = np.zeros((1, 300), np.int32)
 big, scalar = np.ones(5_000_000, np.float32), np.zeros(1)
 calls = {
     "layernorm": lambda: cpu.layernorm_backward(x.copy(), b.copy(), b.copy(), x, x, stat, stat, b, False),
-    "head": lambda: cpu.head_loss(stat, x.copy(), w.copy(), x, w, targets, 2900, 1.0, False),
+    "head": lambda: cpu.head_loss(stat, x.copy(), w.copy(), x, w, targets, 2900, 1.0, 0.0, False),
     "norm": lambda: cpu.global_norm(scalar, big),
 }
 def attempt(name):
@@ -125,9 +141,9 @@ def attempt(name):
     except RuntimeError as error:
         return "reserve" if "reserve" in str(error) else f"unclear: {error}"
 print(*(attempt(name) for name in calls))
-cpu.reserve(channels=2000, vocab_size=2900, parameters=5_000_000, tokens=1, heads=1)
+cpu.reserve(channels=2000, vocab_size=2900, parameters=5_000_000, tokens=1, heads=1, head_size=1)
 print(*(attempt(name) for name in calls))
-cpu.reserve(channels=1, vocab_size=1, parameters=1, tokens=1, heads=1)
+cpu.reserve(channels=1, vocab_size=1, parameters=1, tokens=1, heads=1, head_size=1)
 print(*(attempt(name) for name in calls))
 """
 
@@ -145,7 +161,7 @@ FORKED = """
 import os, numpy as np
 from llmc import ops
 cpu = ops.load("cpu", threads=2)
-cpu.reserve(channels=64, vocab_size=64, parameters=1 << 20, tokens=300, heads=1)
+cpu.reserve(channels=64, vocab_size=64, parameters=1 << 20, tokens=300, heads=1, head_size=64)
 x, w = np.ones((1, 300, 64), np.float32), np.ones((64, 64), np.float32)
 out = np.zeros_like(x)
 cpu.linear_forward(out, x, w, None)

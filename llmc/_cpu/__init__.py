@@ -11,21 +11,38 @@ from llmc._cpu.waiting import policy
 
 with policy():  # OpenMP's library is loaded here, and reads how its threads shall wait
     from llmc._cpu.activation import (
-        copy, geglu_backward, geglu_forward, gelu_backward, gelu_forward, residual_forward, swiglu_backward,
-        swiglu_forward, zero,
-    )  # fmt: skip
+        copy,
+        geglu_backward,
+        geglu_forward,
+        gelu_backward,
+        gelu_forward,
+        residual_forward,
+        swiglu_backward,
+        swiglu_forward,
+        zero,
+    )
     from llmc._cpu.attention import attention_backward, attention_decode, attention_forward
     from llmc._cpu.embed import embedding_backward, embedding_forward
     from llmc._cpu.head import head_logits, head_loss, sum_losses
     from llmc._cpu.isa import activate, all_isas, info, isas, resolve_dtype, resolve_isa, resolve_threads
     from llmc._cpu.linear import (
-        gelu_linear_backward, linear_backward, linear_forward, linear_gelu_forward, lora_backward, lora_backward_input,
-        lora_forward, product,
-    )  # fmt: skip
+        gelu_linear_backward,
+        linear_backward,
+        linear_forward,
+        linear_gelu_forward,
+        lora_backward,
+        lora_backward_input,
+        lora_forward,
+        product,
+    )
     from llmc._cpu.norm import (
-        layernorm_backward, layernorm_forward, residual_layernorm_forward, residual_rmsnorm_forward, rmsnorm_backward,
+        layernorm_backward,
+        layernorm_forward,
+        residual_layernorm_forward,
+        residual_rmsnorm_forward,
+        rmsnorm_backward,
         rmsnorm_forward,
-    )  # fmt: skip
+    )
     from llmc._cpu.optimizer import adamw_step, clip_scale, global_norm
     from llmc._cpu.order import elapsed, fetch, record, stamp
     from llmc._cpu.peak import measure_dot, measure_fma, measure_stream, stream_floats

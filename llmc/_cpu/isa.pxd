@@ -36,8 +36,8 @@ cdef extern from "simd/kernels.h" nogil:
                                        const float *w, float mean, float rstd, Py_ssize_t C) noexcept nogil
         void (*rmsnorm_row)(float *out, float *rstd, const float *x, const float *w, Py_ssize_t C, float eps,
                             float offset) noexcept nogil
-        void (*rmsnorm_backward_row)(float *dx, float *dw, const float *dout, const float *x, const float *w, float rstd,
-                                     Py_ssize_t C, float offset) noexcept nogil
+        void (*rmsnorm_backward_row)(float *dx, float *dw, const float *dout, const float *x, const float *w,
+                                     float rstd, Py_ssize_t C, float offset) noexcept nogil
         void (*rope_row)(float *x, const float *table, Py_ssize_t heads, Py_ssize_t D, float direction) noexcept nogil
         float (*softmax_block)(float *s, Py_ssize_t n, Py_ssize_t width, float scale, float *m,
                                float *l) noexcept nogil

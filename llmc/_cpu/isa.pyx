@@ -141,8 +141,9 @@ def activate(name, count, dtype):
 
 
 def info():
-    """What is active: the contract's entries, and isa, tile, threads, whether the table multiplies bf16 pairs in one instruction (else it
-    rounds, and multiplies in fp32), how threads wait, and the OpenMP specification's date (0: built without)."""
+    """What is active: the contract's entries, and isa, tile, threads, whether the table multiplies bf16 pairs in one
+    instruction (else it rounds, and multiplies in fp32), how threads wait, and the OpenMP specification's date (0:
+    built without)."""
     return {
         "device": "cpu",
         "storage": "float32",

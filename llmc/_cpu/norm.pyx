@@ -83,7 +83,8 @@ def layernorm_forward(out, mean, rstd, x, w, b, eps):
     check.expect("w", w.shape, (C,))
     check.expect("b", b.shape, (C,))
     for i in prange(M, num_threads=isa.team(M), schedule="static", nogil=True):
-        isa.kernels.layernorm_row(&out_[0, 0, 0] + i * C, m + i, r + i, &x_[0, 0, 0] + i * C, &w_[0], &b_[0], C, epsilon)
+        isa.kernels.layernorm_row(&out_[0, 0, 0] + i * C, m + i, r + i, &x_[0, 0, 0] + i * C, &w_[0], &b_[0], C,
+                                  epsilon)
 
 
 def residual_layernorm_forward(total, out, mean, rstd, x, branch, w, b, eps):
