@@ -188,6 +188,9 @@ class Config(model.Config):
             Row("logits", (B, 1, self.vocab_size), dtype),
         ]
 
+    def layer_window(self, layer: int) -> int:
+        return 0 if layer % 2 else self.window
+
     def initial(self, row: Row) -> float:
         """N(0, 0.02) for matrices, the two projections into the residual stream scaled by 1/sqrt(2L) as in GPT-2,
         norm weights 0, which stands for 1."""
@@ -224,7 +227,7 @@ class Gemma(model.Model):
     def _attention(self, i: int) -> tuple[float, int, float]:
         """Scale, window and soft-cap of layer i's attention."""
         c = self.config
-        return 1.0 / math.sqrt(c.query_scale), 0 if i % 2 else c.window, c.attn_softcap
+        return 1.0 / math.sqrt(c.query_scale), c.layer_window(i), c.attn_softcap
 
     # ---- forward -----------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from llmc import gpt2
 from llmc.adamw import AdamW
 from llmc.arena import Array, table_nbytes
 from llmc.errors import ConfigError
+from llmc.model import RECOMPUTE
 from llmc.torch_reference import overfit, perturb
 
 CONFIG = gpt2.Config(max_seq_len=80, vocab_size=131, num_layers=3, num_heads=3, channels=48)
@@ -182,7 +183,7 @@ def test_decode_is_forward(each_isa: ModuleType) -> None:
     limit = 5e-6 * np.abs(whole).max()
     position = 0
     for step in (17, 1, 1, 1, 1, 7, 1, 11):
-        logits = model.decode(cache, x[:, position : position + step].copy(), position)
+        logits = model.decode(cache, x[:, position : position + step].copy(), np.full(2, position, np.int32))
         position += step
         np.testing.assert_allclose(logits, whole[:, position - 1], rtol=0, atol=limit)
     assert position == 40
@@ -222,7 +223,7 @@ def test_forward_and_loss_agree(cpu: ModuleType) -> None:
 def test_presets() -> None:
     assert gpt2.preset("gpt2") == gpt2.preset("d12") == gpt2.Config()
     assert gpt2.preset("gpt2").num_parameters == 124_439_808
-    assert sum(row.size for row in gpt2.parameter_rows(gpt2.preset("gpt2"))) == 124_475_904
+    assert sum(row.size for row in gpt2.preset("gpt2").parameter_rows()) == 124_475_904
     assert gpt2.preset("gpt2-xl") == gpt2.preset("d48")
     assert gpt2.preset("gpt2-medium").num_parameters == 354_823_168
     for name in ("d0", "d13", "gpt3", "", "dx"):
@@ -260,11 +261,11 @@ def test_recompute_is_changed_by_preparing_again(cpu: ModuleType) -> None:
     for mode in ("none", "block", "gelu", "none", "gelu+norm", "none"):
         model.prepare(2, 8, recompute=mode)
         assert model.acts is not None
-        assert model.acts.table == tuple(gpt2.activation_rows(CONFIG, 2, 8, recompute=mode))
+        assert model.acts.table == tuple(CONFIG.activation_rows(2, 8, recompute=mode))
         if mode == "gelu":
             for T in (5, 8):
                 model.forward(*batch(shape=(2, T)))
-                assert model.acts.table == tuple(gpt2.activation_rows(CONFIG, 2, T, recompute=mode))
+                assert model.acts.table == tuple(CONFIG.activation_rows(2, T, recompute=mode))
     with pytest.raises(ConfigError, match="recompute: 'all' is unknown; choose from none, gelu, gelu\\+norm, block"):
         model.prepare(2, 8, recompute="all")
     assert model.recompute == "none"
@@ -282,7 +283,7 @@ def test_what_is_recomputed_costs_its_time_and_no_more(cpu: ModuleType) -> None:
             return getattr(cpu, name)
 
     counts = {}
-    for mode in gpt2.RECOMPUTE:
+    for mode in RECOMPUTE:
         counting = Counting()
         model = gpt2.GPT2(CONFIG, counting)  # type: ignore[arg-type]
         x, y = batch()
@@ -307,9 +308,10 @@ def test_activation_memory(mode: str, kept: int) -> None:
     C, H = config.channels, config.num_heads
     statistics = {"none": H + 4, "gelu": H + 4, "gelu+norm": H, "block": 0}[mode]  # lse; mean and rstd of two norms
     single = 16 * C + H + 4 - kept * C - statistics
-    # The stream after the last layer, the final norm's output and its gradient; mean, rstd, loss; token and target.
-    expected = 4 * B * T * ((kept * C + statistics) * 12 + single + 3 * C + 5)
-    assert table_nbytes(gpt2.activation_rows(config, B, T, recompute=mode)) == expected
+    # The stream after the last layer, the final norm's output and its gradient; mean, rstd, loss; token and target; the
+    # places, padded.
+    expected = 4 * B * T * ((kept * C + statistics) * 12 + single + 3 * C + 5) + 4 * 64
+    assert table_nbytes(config.activation_rows(B, T, recompute=mode)) == expected
 
 
 @pytest.mark.parametrize(
@@ -344,6 +346,21 @@ def test_a_token_outside_the_vocabulary(cpu: ModuleType) -> None:
     y[2, 0] = CONFIG.vocab_size
     with pytest.raises(ValueError, match=r"targets: id 131 at \[2, 0\]"):
         model.forward(x, y)
+
+
+def test_decode_beyond_the_cache(cpu: ModuleType) -> None:
+    """Or with places of another batch, or before it."""
+    model = build(cpu, "raw")
+    x, _ = batch(shape=(2, 5))
+    cache = model.new_cache(2, 20)
+    with pytest.raises(ConfigError, match="81 exceeds the model's 80"):
+        model.new_cache(2, 81)
+    for positions, message in (
+        ([0], r"expected shape \(2,\)"), ([0, 16], "5 tokens from 16 exceed the cache's 20"), ([0, -1], "positions"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            model.decode(cache, x, np.array(positions, np.int32))
+    model.decode(cache, x, np.array([0, 15], np.int32))
 
 
 def test_backward_without_forward(cpu: ModuleType) -> None:
