@@ -54,15 +54,17 @@ static void fill(void) {
 static void product(Gemm *gemm, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K, int a_transposed, int b_transposed, int add,
                     const float *bias) {
     gemm(z, N, x, a_transposed ? 1 : K, a_transposed ? M : 1, y, b_transposed ? 1 : N, b_transposed ? K : 1, M, N, K,
-            add, bias, scratch);
+         add, bias, scratch);
 }
 
 static void forward(Gemm *gemm, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K) { product(gemm, M, N, K, 0, 1, 0, w); }
-static void input_gradient(Gemm *gemm, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K) {
-    product(gemm, M, N, K, 0, 0, 0, NULL);
-}
+static void input_gradient(Gemm *gemm, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K) { product(gemm, M, N, K, 0, 0, 0, NULL); }
 static void weight_gradient(Gemm *gemm, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K) {
     product(gemm, M, N, K, 1, 0, 1, NULL);
+}
+/* z (M x n) = x (M x K) y (n x K)^T + bias; y of floats, or read as bf16. */
+static void dot_rows(DotRows *kernel, ptrdiff_t M, ptrdiff_t n, ptrdiff_t K) {
+    kernel(z, n, x, K, M, y, K, K, n, w, scratch);
 }
 
 int main(void) {
@@ -81,28 +83,54 @@ int main(void) {
     RUN("gemm bf16 forward 61x101x67", forward(k->gemm_bf16, 61, 101, 67));
     RUN("gemm bf16 input gradient 61x67x101", input_gradient(k->gemm_bf16, 61, 67, 101));
     RUN("gemm bf16 weight gradient 101x67x61", weight_gradient(k->gemm_bf16, 101, 67, 61));
-    RUN("dot_rows 384x320", k->dot_rows(z, x, y, 320, 320, 384, w));
-    RUN("dot_rows 101x67", k->dot_rows(z, x, y, 67, 67, 101, w));
+    RUN("dot_rows 384x320", dot_rows(k->dot_rows, 1, 384, 320));
+    RUN("dot_rows 101x67", dot_rows(k->dot_rows, 1, 101, 67));
+    RUN("dot_rows 4 of 384x320", dot_rows(k->dot_rows, 4, 384, 320));
+    RUN("dot_rows bf16 384x320", dot_rows(k->dot_rows_bf16, 1, 384, 320));
+    RUN("dot_rows bf16 101x67", dot_rows(k->dot_rows_bf16, 1, 101, 67));
+    RUN("dot_rows bf16 4 of 384x320", dot_rows(k->dot_rows_bf16, 4, 384, 320));
+    RUN("mix_rows 256x128", k->mix_rows(z, y, x, 128, 256, 128));
+    RUN("mix_rows 61x67", k->mix_rows(z, y, x, 67, 61, 67));
 
     RUN("layernorm forward 768", k->layernorm_row(z, &a, &b, x, y, w, 768, 1e-5f));
     RUN("layernorm forward 101", k->layernorm_row(z, &a, &b, x, y, w, 101, 1e-5f));
     RUN("layernorm backward 768", k->layernorm_backward_row(z, w, w + 4096, x, x + 4096, y, 0.1f, 1.5f, 768));
     RUN("layernorm backward 101", k->layernorm_backward_row(z, w, w + 4096, x, x + 4096, y, 0.1f, 1.5f, 101));
 
+    RUN("layernorm backward without gradients 768",
+        k->layernorm_backward_row(z, NULL, NULL, x, x + 4096, y, 0.1f, 1.5f, 768));
+    RUN("rmsnorm forward 768", k->rmsnorm_row(z, &a, x, y, 768, 1e-5f, 1.0f));
+    RUN("rmsnorm forward 101", k->rmsnorm_row(z, &a, x, y, 101, 1e-5f, 1.0f));
+    RUN("rmsnorm backward 768", k->rmsnorm_backward_row(z, w, x, x + 4096, y, 1.5f, 768, 1.0f));
+    RUN("rmsnorm backward 101", k->rmsnorm_backward_row(z, w, x, x + 4096, y, 1.5f, 101, 1.0f));
+    RUN("rope 12 heads of 64", k->rope_row(x, y, 12, 64, 1.0f));
+    RUN("rope 3 heads of 38", k->rope_row(x, y, 3, 38, -1.0f));
+
     RUN("softmax forward 256 of 256", a = 0.5f, b = 1.0f, k->softmax_block(x, 256, 256, 0.125f, &a, &b));
     RUN("softmax forward 101 of 256", a = 0.5f, b = 1.0f, k->softmax_block(x, 101, 256, 0.125f, &a, &b));
-    RUN("softmax backward 256 of 256", k->softmax_backward_block(x, y, 256, 256, 0.125f, 1.0f, 0.1f));
-    RUN("softmax backward 101 of 256", k->softmax_backward_block(x, y, 101, 256, 0.125f, 1.0f, 0.1f));
+    RUN("softmax backward 256 of 256", k->softmax_backward_block(x, y, 256, 256, 0.125f, 0.0f, 1.0f, 0.1f));
+    RUN("softmax backward 101 of 256", k->softmax_backward_block(x, y, 101, 256, 0.125f, 0.0f, 1.0f, 0.1f));
+    RUN("softmax backward capped 256 of 256", k->softmax_backward_block(x, y, 256, 256, 0.125f, 50.0f, 1.0f, 0.1f));
     RUN("cross-entropy training 50257", k->crossentropy_row(x, 50257, 11, 0.01f, 1));
     RUN("cross-entropy 50257", k->crossentropy_row(x, 50257, 11, 0.01f, 0));
+    RUN("cross-entropy capped training 50257", k->capped_crossentropy_row(x, 50257, 11, 0.01f, 30.0f, 1));
 
     RUN("gelu forward 8192", k->gelu_forward_span(z, x, 8192));
     RUN("gelu forward 101", k->gelu_forward_span(z, x, 101));
     RUN("gelu backward 8192", k->gelu_backward_span(z, y, x, 8192));
     RUN("gelu backward 101", k->gelu_backward_span(z, y, x, 101));
+    RUN("swiglu forward 8192", k->swiglu_forward_span(z, x, y, 8192));
+    RUN("swiglu forward 101", k->swiglu_forward_span(z, x, y, 101));
+    RUN("swiglu backward 8192", k->swiglu_backward_span(z, w, y, x, x + 8192, 8192));
+    RUN("geglu forward 8192", k->geglu_forward_span(z, x, y, 8192));
+    RUN("geglu backward 8192", k->geglu_backward_span(z, w, y, x, x + 8192, 8192));
     RUN("add 8192", k->add_span(z, x, y, 8192));
     RUN("scale 8192", k->scale_span(x, 0.5f, 8192));
     RUN("axpy 8192", k->axpy_span(y, 0.5f, x, 8192));
+    RUN("axpy bf16 8192", k->axpy_bf16_span(y, 0.5f, (const uint16_t *)(const void *)x, 8192));
+    RUN("widen 8192", k->widen_span(z, (const uint16_t *)(const void *)x, 8192));
+    RUN("round 8192", k->round_span((uint16_t *)(void *)z, x, 8192));
+    RUN("softcap 8192", k->softcap_span(x, 8192, 1.0f, 30.0f));
     RUN("dot 8192", k->dot_span(x, y, 8192));
     RUN("sum of squares 16384", k->sumsq_span(x, 16384));
     RUN("adamw 16384", k->adamw_span(z, w, y, x, 16384, &update));

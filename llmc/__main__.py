@@ -8,11 +8,12 @@ error (one line on stderr), 2 a command line that cannot be read, 130 interrupte
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,7 +21,10 @@ from llmc import __version__, display
 from llmc.errors import ConfigError, LlmcError
 
 if TYPE_CHECKING:
+    from llmc.chat import Chat
+    from llmc.choice import Sampling
     from llmc.datasets import Prepared
+    from llmc.sampling import Speed
     from llmc.training import TrainConfig
 
 STORIES_FOLDER = "runs/stories"  # where the recipe `stories` leaves its model
@@ -118,6 +122,14 @@ Make token files of a text.
   llmc data owner/name                   documents of a dataset on the Hugging Face hub, as they stream in"""
 
 
+SAMPLE_HELP = """\
+Let a model write.  Several prompts are continued together, which takes hardly longer than one, and shown one after
+another.  On a CPU --dtype bf16 keeps the matrices in bfloat16: half the memory, and up to twice the speed."""
+
+CHAT_HELP = """\
+Talk to a model, in the form of its folder's chat template, if there is one.  Ctrl-C ends an answer, /reset the
+conversation, Ctrl-D or /exit both.  Without a terminal each line of standard input is a message."""
+
 BENCH_HELP = """\
 Measure each op, or whole training steps, on this machine.  What is compared takes turns; figures are medians with
 quartiles; fractions are of a peak measured right beside each turn.  Leave the machine alone meanwhile."""
@@ -152,23 +164,23 @@ def parser() -> argparse.ArgumentParser:
     for title, options in TRAIN_OPTIONS:
         _add_options(train.add_argument_group(title), options)
 
-    sample = command("sample", _sample, "let a model write")
+    source = f"model .bin, Hugging Face folder or name, preset ({STORIES_FOLDER}, which `llmc train` writes)"
+    sample = command("sample", _sample, "let a model write", SAMPLE_HELP)
+    sample.add_argument("--model", "-e", metavar="MODEL", default=STORIES_FOLDER, help=source)
     sample.add_argument(
-        "--model", "-e", metavar="MODEL", default=STORIES_FOLDER,
-        help=f"model .bin, Hugging Face folder or name, preset ({STORIES_FOLDER}, which `llmc train` writes)",
-    )  # fmt: skip
-    sample.add_argument("--prompt", "-p", default="", metavar="TEXT", help="text to continue (none)")
-    sample.add_argument(
-        "--max-new-tokens", "-n", type=int, default=256, metavar="N",
-        help="at most so many, fewer where the text ends (256)",
-    )  # fmt: skip
-    sample.add_argument(
-        "--temperature", type=float, default=1.0, metavar="X", help="0: always the likeliest (1.0)"
+        "--prompt", "-p", action="append", metavar="TEXT", help="text to continue; several are read together (none)"
     )
-    sample.add_argument(
-        "--top-k", type=int, default=0, metavar="K", help="choose among the K likeliest; 0: among all (0)"
-    )
+    _add_sampling(sample, max_new_tokens=256, temperature=1.0)
     _add_options(sample, MACHINE)
+
+    chat = command("chat", _chat, "talk to a model", CHAT_HELP)
+    chat.add_argument("--model", "-e", metavar="MODEL", default=STORIES_FOLDER, help=source)
+    chat.add_argument("--system", default="", metavar="TEXT", help="what the model is told first (nothing)")
+    chat.add_argument(
+        "--length", type=int, metavar="N", help="tokens of the conversation, for which memory is taken (up to 4096)"
+    )
+    _add_sampling(chat, max_new_tokens=512, temperature=0.7)
+    _add_options(chat, MACHINE)
 
     data = command("data", _data, "prepare text for training", DATA_HELP)
     data.add_argument("dataset", metavar="DATASET", help="tinyshakespeare, tinystories, text, or documents: see above")
@@ -260,6 +272,26 @@ def _add_options(parser: argparse._ActionsContainer, options: Sequence[Option]) 
             *names, dest=option.field, type=option.kind, metavar=option.metavar, help=option.help,
             choices=option.choices or None, default=argparse.SUPPRESS,
         )  # fmt: skip
+
+
+def _add_sampling(sub: argparse.ArgumentParser, max_new_tokens: int, temperature: float) -> None:
+    """The fields of Sampling, but for the seed, and --stats."""
+    for name, short, kind, value, text in (
+        ("--max-new-tokens", "-n", int, max_new_tokens, "at most so many, fewer where the text ends"),
+        ("--temperature", "", float, temperature, "0: always the likeliest"),
+        ("--top-k", "", int, 0, "choose among the N likeliest; 0: among all"),
+        ("--top-p", "", float, 1.0, "among the likeliest that have this probability together; 1: all"),
+        ("--min-p", "", float, 0.0, "among those that have this part of the likeliest's probability; 0: all"),
+        ("--repetition-penalty", "", float, 1.0, "logits of what was there already are divided by it; 1: none"),
+    ):
+        sub.add_argument(
+            *([name, short] if short else [name]), type=kind, default=value, help=f"{text} ({value})",
+            metavar={int: "N", float: "X"}[kind],
+        )  # fmt: skip
+    sub.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this; may be repeated")
+    sub.add_argument(
+        "--stats", action="store_true", help="tokens per second on stderr, and the part of the memory's bandwidth"
+    )
 
 
 def _add_bench_options(sub: argparse.ArgumentParser, kind: str, warmup: int, repeats: int, seconds: float) -> None:
@@ -382,22 +414,113 @@ def _dry_run(config: TrainConfig, profile: bool) -> int:
 
 
 def _sample(args: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    from llmc import sampling
+
+    settings = _sampling(args)
+    model, tokenizer = _writer(args)
+    prompts = args.prompt or [""]
+    bos = [tokenizer.special.bos] if tokenizer.add_bos else []
+    ids = [[*bos, *tokenizer.encode(prompt)] for prompt in prompts]
+    settings = replace(settings, stop_ids=tokenizer.special.eos or (sampling.end_of_text(model),))
+    speed = sampling.Speed()
+    pieces = sampling.write(model, ids, settings, tokenizer, speed=speed)
+    display.write_stream(sys.stdout, display.in_order(prompts, pieces))
+    _show_speed(args, model.ops, speed)
+    return 0
+
+
+def _sampling(args: argparse.Namespace) -> Sampling:
+    from llmc.choice import Sampling
+
+    return Sampling(
+        args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty,
+        getattr(args, "seed", 0), args.stop,
+    )  # fmt: skip
+
+
+def _writer(args: argparse.Namespace) -> tuple[Any, Any]:
+    """The model that --model names, not to be trained, and its tokenizer."""
     if args.model == STORIES_FOLDER and not os.path.isdir(args.model):
         raise ConfigError("model", f"{STORIES_FOLDER} is not there; `llmc train` makes it, or name another by --model")
-    from llmc import loading, sampling
+    from llmc import loading
 
-    seed = getattr(args, "seed", 0)
-    model = loading.load(args.model, seed=seed, masters=False, **_machine(args))
-    tokenizer = loading.require_tokenizer(model)
-    ids = tokenizer.encode(args.prompt)
-    if tokenizer.name == "bytes":  # llmc's own models: their training windows began so
-        ids = [tokenizer.eot, *ids]
-    new = sampling.stream(
-        model, ids, args.max_new_tokens, args.temperature, args.top_k, seed, stop=sampling.end_of_text(model)
-    )
-    sys.stdout.write(display.printable(args.prompt) if sys.stdout.isatty() else args.prompt)
-    display.write_stream(sys.stdout, sampling.stream_text(tokenizer, new))
+    machine = _machine(args)
+    narrow = machine.get("dtype") == "bf16"
+    model = loading.load(args.model, seed=getattr(args, "seed", 0), masters=False, narrow=narrow, **machine)
+    return model, loading.require_tokenizer(model)
+
+
+def _show_speed(args: argparse.Namespace, ops: Any, speed: Speed) -> None:
+    if args.stats or sys.stderr.isatty():
+        from llmc import profiling
+
+        print(display.speed_line(speed, profiling.read_bandwidth(ops)), file=sys.stderr, flush=True)
+
+
+# ---- chat ------------------------------------------------------------------------------------------
+
+
+def _chat(args: argparse.Namespace) -> int:
+    from llmc import chat, chat_template, loading
+
+    settings = _sampling(args)
+    model, tokenizer = _writer(args)
+    folder = None if loading.is_preset(args.model) else loading.locate(args.model)
+    template = chat_template.load(folder) if folder is not None and folder.is_dir() else None
+    talk = chat.Chat(model, tokenizer, template, system=args.system, sampling=settings, length=args.length)
+    terminal = sys.stdin.isatty()
+    if terminal and template is None:
+        print("(the model has no chat template: it continues a dialogue between User and Assistant)", file=sys.stderr)
+    for line in _lines(terminal):
+        if line == "/exit":
+            break
+        if line == "/reset":
+            talk.reset()
+        elif line:
+            _answer(args, talk, line, terminal)
+            _show_speed(args, model.ops, talk.speed)
     return 0
+
+
+def _lines(terminal: bool) -> Iterator[str]:
+    """What the user says, line by line, until there is no more."""
+    if not terminal:
+        for line in sys.stdin:
+            yield line.strip()
+        return
+    try:
+        import readline  # noqa: F401  input() edits lines with it
+    except ImportError:
+        pass
+    while True:
+        try:
+            yield input("> ").strip()
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:  # the line is taken back
+            print()
+
+
+def _answer(args: argparse.Namespace, talk: Chat, line: str, terminal: bool) -> None:
+    """Show the answer to a line.  At a terminal Ctrl-C ends it, and an error the talk does not."""
+    try:
+        pieces = talk.answer(line)
+        if talk.dropped:
+            turns = "turn was" if talk.dropped == 1 else f"{talk.dropped} turns were"
+            print(f"llmc: the conversation is too long: its oldest {turns} forgotten", file=sys.stderr)
+        with contextlib.closing(pieces):
+            display.write_stream(sys.stdout, pieces)
+    except KeyboardInterrupt:
+        if not terminal:
+            raise
+        print()
+    except LlmcError as error:
+        if not terminal:
+            raise
+        print(f"llmc: error: {_message(error)}", file=sys.stderr)
 
 
 # ---- data, convert ---------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from llmc.errors import LlmcError
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from llmc.memory import Machine, Plan
     from llmc.profiling import Profile
+    from llmc.sampling import Piece, Speed
     from llmc.training import Event, Sample, Saved, Started, Step, TrainConfig, Validation
 
 STEP_LINES = 50  # about as many steps as this get a line of their own
@@ -41,6 +42,40 @@ def write_stream(stream: TextIO, pieces: Iterable[str]) -> None:
         stream.flush()
     stream.write("\n")
     stream.flush()
+
+
+def in_order(prompts: Sequence[str], pieces: Iterable[Piece]) -> Iterator[str]:
+    """Texts that are written at the same time, one after another, each after its prompt and, if there are several,
+    under a heading: the first that is not at its end as it comes, and what the others have got to until then."""
+    texts, ended, current = list(prompts), [False] * len(prompts), 0
+
+    def heading(i: int) -> str:
+        return f"--- {i + 1} of {len(texts)} ---\n" if len(texts) > 1 else ""
+
+    yield heading(0) + texts[0]
+    for piece in pieces:
+        if piece.sequence == current:
+            yield piece.text
+        else:
+            texts[piece.sequence] += piece.text
+        ended[piece.sequence] |= piece.token is None
+        while ended[current] and current + 1 < len(texts):
+            current += 1
+            yield f"\n\n{heading(current)}{texts[current]}"
+
+
+def speed_line(speed: Speed, bandwidth: float | None) -> str:
+    """What a run took, for people; `bandwidth` is the B/s that the device was measured to read with."""
+
+    def tokens(n: int) -> str:
+        return f"{n:,} token{'' if n == 1 else 's'}"
+
+    text = f"prompt {tokens(speed.prompt_tokens)} in {speed.prompt_seconds:.2f} s; {tokens(speed.tokens)}"
+    if speed.decoded:
+        text += f", {speed.tokens_per_second:.1f} tokens/s, {speed.bandwidth / 1e9:.1f} GB/s"
+        if bandwidth is not None:
+            text += f" of {bandwidth / 1e9:.1f} ({speed.bandwidth / bandwidth:.0%})".replace("%", " %")
+    return text
 
 
 def duration(seconds: float) -> str:

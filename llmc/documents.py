@@ -216,7 +216,7 @@ def _ask(name: str) -> None:
     from huggingface_hub import errors
 
     try:
-        huggingface_hub.HfApi().dataset_info(name, timeout=TIMEOUT)
+        huggingface_hub.HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None).dataset_info(name, timeout=TIMEOUT)
     except errors.GatedRepoError as error:
         raise DownloadError(f"{name}: the hub asks for permission to use this dataset, and HF_TOKEN") from error
     except errors.RepositoryNotFoundError as error:

@@ -188,6 +188,9 @@ class Config(model.Config):
             Row("logits", (B, 1, self.vocab_size), dtype),
         ]
 
+    def layer_window(self, layer: int) -> int:
+        return 0 if layer % 2 else self.window
+
     def initial(self, row: Row) -> float:
         """N(0, 0.02) for matrices, the two projections into the residual stream scaled by 1/sqrt(2L) as in GPT-2,
         norm weights 0, which stands for 1."""
@@ -213,9 +216,18 @@ PRESETS: dict[str, Config] = {
 
 
 class Gemma(model.Model):
-    """A Gemma over a backend; what its attributes and methods are `model.Model` says."""
+    """A Gemma over a backend; what its attributes and methods are `model.Model` says.
+
+    `Config.build` chooses the class; ConfigError for a configuration of another version.
+    """
 
     config: Config
+    VERSION: ClassVar[int] = 1
+
+    def __init__(self, config: Config, *args: Any, **options: Any) -> None:
+        if config.version != self.VERSION:
+            raise ConfigError("version", f"{type(self).__name__} is version {self.VERSION}, not {config.version}")
+        super().__init__(config, *args, **options)
 
     def _constants(self, arena: Arena) -> None:
         c = self.config
@@ -224,7 +236,7 @@ class Gemma(model.Model):
     def _attention(self, i: int) -> tuple[float, int, float]:
         """Scale, window and soft-cap of layer i's attention."""
         c = self.config
-        return 1.0 / math.sqrt(c.query_scale), 0 if i % 2 else c.window, c.attn_softcap
+        return 1.0 / math.sqrt(c.query_scale), c.layer_window(i), c.attn_softcap
 
     # ---- forward -----------------------------------------------------------------------------------
 
@@ -344,6 +356,8 @@ class Gemma(model.Model):
 
 class Gemma2(Gemma):
     """Both branches go through a norm of their own, post1w and post2w, before they join the stream."""
+
+    VERSION: ClassVar[int] = 2
 
     def _attention_branch(self, out: Array, x: Any, w: SimpleNamespace) -> None:
         self.ops.linear_forward(x.branch1, x.atty, w.attprojw, None)

@@ -154,6 +154,9 @@ class Config(model.Config):
             Row("logits", (B, 1, self.vocab_size), dtype),
         ]
 
+    def layer_window(self, layer: int) -> int:
+        return self.window
+
     def initial(self, row: Row) -> float:
         """N(0, 0.02) for matrices, the two projections into the residual stream scaled by 1/sqrt(2L) as in GPT-2,
         biases 0, norm weights 1."""

@@ -102,6 +102,10 @@ class Config:
         """Scratch of `decode` for T new tokens; one layer's worth, since nothing is kept for a backward pass."""
         raise NotImplementedError
 
+    def layer_window(self, layer: int) -> int:
+        """Tokens that a token of this layer sees, itself included; 0: all before it."""
+        return 0
+
     def initial(self, row: Row) -> float:
         """What a new model's tensor holds: a vector this value, a matrix N(0, this)."""
         raise NotImplementedError
@@ -149,12 +153,25 @@ class Cache:
 
     def sequence(self, b: int) -> Cache:
         """The part of sequence b alone, in the same memory."""
-        one = slice(b, b + 1)
+        return self._rows(b, b + 1)
+
+    def first(self, n: int) -> Cache:
+        """The part of sequences 0 to n - 1, in the same memory."""
+        return self if n == self.batch else self._rows(0, n)
+
+    def _rows(self, start: int, stop: int) -> Cache:
+        rows = slice(start, stop)
         layers = [
-            SimpleNamespace(**{**vars(layer), "keys": layer.keys[one], "values": layer.values[one]})
+            SimpleNamespace(**{**vars(layer), "keys": layer.keys[rows], "values": layer.values[rows]})
             for layer in self._layers
         ]
-        return Cache(layers, self.nbytes // self.batch)
+        return Cache(layers, self.nbytes // self.batch * (stop - start))
+
+    def move(self, ops: Ops, source: int, target: int, tokens: int) -> None:
+        """The first `tokens` of sequence `source` become those of `target`."""
+        for layer in self._layers:
+            for x in (layer.keys, layer.values):
+                ops.copy(x[target][:tokens], x[source][:tokens])
 
 
 class Model:
@@ -463,6 +480,22 @@ class Model:
             self._last_norm(last, x, s)
         self.ops.head_logits(s.logits, s.last, self._head, c.vocab_size, c.final_softcap)
         return s.logits[:, 0]
+
+    def decode_nbytes(self, positions: Array) -> int:
+        """Bytes that `decode` reads at least, for one token of each sequence at `positions` (B,): every weight once,
+        of the tables before the first layer one row a token, and of the cache what a token sees."""
+        c, width = self.config, np.dtype(self.dtype).itemsize
+        found = 0 if self.adapters is None else self.adapters.weights.nbytes
+        for row, tensor in self.weights:
+            V = c.vocab_size if row.name in PADDED else len(tensor)
+            head = row.name == ("wte" if c.tied else "head")
+            lookup = row.name in ("wte", "wpe") and not head
+            found += tensor.nbytes // len(tensor) * (len(positions) if lookup else V)
+        channels = sum(row.shape[-1] for row in c.cache_rows(1, 1) if row.name in ("keys", "values"))
+        for layer in range(c.num_layers):
+            window = c.layer_window(layer) or c.max_seq_len
+            found += int(np.minimum(positions + 1, window).sum()) * channels * width
+        return found
 
     @staticmethod
     def _last_tokens(s: Arena) -> Iterator[tuple[Array, Array]]:

@@ -96,6 +96,18 @@ def measure(ops: Any, what: Ceiling, memory: Array | None = None, seconds: float
     return float(ops.measure_dot(seconds) if kind == "dot" else ops.measure_fma(seconds))
 
 
+def read_bandwidth(ops: Any, seconds: float = 0.05) -> float | None:
+    """B/s with which the threads in use read memory, on a GPU those of a copy; None where a backend cannot measure
+    it."""
+    if not has_ceilings(ops):
+        return None
+    memory = stream_memory(ops)
+    if is_gpu(ops):
+        return measure(ops, COPY, memory, seconds)
+    memory[...] = 1.0  # what was never written to may not be there to be read
+    return measure(ops, ("stream", 1, 0, 0, LARGEST), memory, seconds)
+
+
 @dataclass(frozen=True)
 class OpTime:
     """An op's share of a step; calls that differ in the size of a layer are apart."""

@@ -1,7 +1,7 @@
 """Matrix products of operands rounded to bf16, and what that leaves of a model's gradients.
 
 Where the inputs are bf16 numbers already, rounding them changes nothing and the bounds of fp32 hold: so the shapes of
-test_linear.py and test_attention.py run again here.  Rounding itself is tested to the bit, by products with one.
+test_linear.py run again here, and attention's own.  Rounding itself is tested to the bit, by products with one.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 import reference
+from attention_bounds import Told, backward_bound, forward_bounds, gathered, join, parts, split
+from attention_bounds import gradients as attention_gradients
+from attention_bounds import weights as attention_weights
 from guard import Array, blank, check, floats
 from numpy.random import Generator
-from test_attention import HEAVY as HEAVY_ATTENTION
-from test_attention import SHAPES as ATTENTION
-from test_attention import backward_bound, forward_bounds, join, split, weights
 from test_gpt2 import batch, build, gradients, norm_ratio
 from test_linear import GELU_SHAPES, HEAVY, SHAPES, backward_bounds, gelu_linear_bounds, product_bound
 
@@ -117,8 +117,8 @@ def test_it_is_not_fp32(each_isa_bf16: ModuleType, rng: Generator) -> None:
     """The switch does something, in every op with a product."""
     for op, make in {
         "linear_forward": lambda: (blank(1, 8, 9), floats(rng, 1, 8, 7), floats(rng, 9, 7), None),
-        "attention_forward": lambda: (blank(1, 8, 8), blank(1, 2, 8), floats(rng, 1, 8, 24)),
-        "head_logits": lambda: (blank(1, 8, 9), floats(rng, 1, 8, 7), floats(rng, 9, 7), 9),
+        "attention_forward": lambda: (blank(1, 8, 8), blank(1, 2, 8), floats(rng, 1, 8, 24), 0.5, 0, 0.0),
+        "head_logits": lambda: (blank(1, 8, 9), floats(rng, 1, 8, 7), floats(rng, 9, 7), 9, 0.0),
     }.items():
         values = make()
         results = []
@@ -164,30 +164,57 @@ def test_gelu_linear_backward(
     check(each_isa_bf16, "gelu_linear_backward", values, bounds, {"dpre": "x"} if shared else {})
 
 
-@pytest.mark.parametrize("B, T, H, width", ATTENTION + HEAVY_ATTENTION)
-def test_attention_forward(ops_bf16: ModuleType, rng: Generator, B: int, T: int, H: int, width: int) -> None:
+ALONE = Told(1, 1)
+ATTENTION = [
+    *((1, T, 8, ALONE) for T in (1, 2, 4, 5, 8, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 97)),
+    *((1, 6, D, ALONE) for D in (1, 2, 3, 5, 7, 9, 15, 17, 24, 33, 63, 65, 96)),
+    *((2, 13, D, Told(3, 3)) for D in (16, 40, 64, 80, 128, 256)),
+    *((1, 67, D, ALONE) for D in (1, 40, 64, 80, 256)),
+    (0, 3, 4, Told(2, 2)), (2, 0, 4, Told(2, 2)), (5, 1, 3, Told(7, 7)),
+    (2, 21, 40, Told(6, 3)), (1, 33, 64, Told(4, 1)), (2, 37, 16, Told(4, 2, window=5)),
+    (1, 70, 32, Told(2, 2, window=64)), (2, 19, 24, Told(2, 1, scale=0.25, softcap=5.0)),
+    (1, 50, 16, Told(6, 2, scale=0.1, window=17, softcap=2.0)),
+    *(
+        pytest.param(*shape, marks=pytest.mark.heavy)
+        for shape in (
+            (1, 128, 16, Told(2, 2)), (1, 257, 16, Told(2, 2)), (2, 130, 64, Told(3, 3)), (1, 259, 40, ALONE),
+            (1, 193, 64, Told(4, 2, window=100)), (1, 300, 16, Told(4, 1, window=33, softcap=3.0)),
+        )
+    ),
+]  # fmt: skip
+
+
+def widths(D: int, told: Told) -> tuple[int, int]:
+    """Of out and of qkv."""
+    return told.H * D, (told.H + 2 * told.G) * D
+
+
+@pytest.mark.parametrize(("B", "T", "D", "told"), ATTENTION)
+def test_attention_forward(ops_bf16: ModuleType, rng: Generator, B: int, T: int, D: int, told: Told) -> None:
     """Beside fp32's errors, each weight is rounded once before it meets its value."""
-    C = H * width
-    qkv = numbers(rng, B, T, 3 * C)
-    q, k, v = (split(part, H) for part in np.split(qkv, 3, axis=-1))
-    out, lse = forward_bounds(q, k, v, 0)
-    out += BF16 * join(weights(q, k, 0)[2] @ np.abs(v))
-    check(ops_bf16, "attention_forward", (blank(B, T, C), blank(B, H, T), qkv), {"out": out, "lse": lse})
+    C, N = widths(D, told)
+    qkv = numbers(rng, B, T, N)
+    q, k, v = parts(qkv, told)
+    out, lse = forward_bounds(q, k, v, 0, told)
+    out += BF16 * join(attention_weights(q, k, 0, told).p @ np.abs(v))
+    values = (blank(B, T, C), blank(B, told.H, T), qkv, *told.scalars(D))
+    check(ops_bf16, "attention_forward", values, {"out": out, "lse": lse})
 
 
-@pytest.mark.parametrize("B, T, H, width", ATTENTION + HEAVY_ATTENTION)
-def test_attention_backward(ops_bf16: ModuleType, rng: Generator, B: int, T: int, H: int, width: int) -> None:
+@pytest.mark.parametrize(("B", "T", "D", "told"), ATTENTION)
+def test_attention_backward(ops_bf16: ModuleType, rng: Generator, B: int, T: int, D: int, told: Told) -> None:
     """P is rounded before dV = P^T dO, dS before dQ = dS K and dK = dS^T Q."""
-    C = H * width
-    qkv, dout = numbers(rng, B, T, 3 * C), numbers(rng, B, T, C)
-    out, lse = blank(B, T, C), blank(B, H, T)
-    reference.attention_forward(out, lse, qkv)
-    q, k, v = (split(part, H) for part in np.split(qkv, 3, axis=-1))
-    p, do, o = weights(q, k, 0)[2], split(dout, H), split(out, H)
-    ds = np.abs(p * (do @ v.swapaxes(-1, -2) - (do * o).sum(axis=-1, keepdims=True))) / np.sqrt(width)
-    parts = ds @ np.abs(k), ds.swapaxes(-1, -2) @ np.abs(q), p.swapaxes(-1, -2) @ np.abs(do)
-    bound = backward_bound(dout, qkv, out, lse) + BF16 * np.concatenate([join(part) for part in parts], axis=-1)
-    check(ops_bf16, "attention_backward", (blank(B, T, 3 * C), dout, qkv, out, lse), {"dqkv": bound})
+    C, N = widths(D, told)
+    qkv, dout = numbers(rng, B, T, N), numbers(rng, B, T, C)
+    out, lse = blank(B, T, C), blank(B, told.H, T)
+    reference.attention_forward(out, lse, qkv, *told.scalars(D))
+    q, k, _ = parts(qkv, told)
+    g = attention_gradients(dout, qkv, out, lse, told)
+    ds, do = np.abs(g.ds), np.abs(split(dout, told.H))
+    rounding = gathered(ds @ np.abs(k), ds.swapaxes(-1, -2) @ np.abs(q), g.p.swapaxes(-1, -2) @ do, told)
+    bound = backward_bound(dout, qkv, out, lse, told) + BF16 * rounding
+    values = (blank(B, T, N), dout, qkv, out, lse, *told.scalars(D))
+    check(ops_bf16, "attention_backward", values, {"dqkv": bound})
 
 
 # ---- the model -------------------------------------------------------------------------------------

@@ -1,15 +1,20 @@
-"""Sampling: what is drawn, from which window, and how text comes out of it."""
+"""Texts that go on: from which window, in which batch, where they end, and how text comes out of tokens."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import reference
 
-from llmc import sampling
-from llmc.errors import ConfigError, DivergenceError
+from llmc import gemma, gpt2, llama, sampling
+from llmc.choice import Sampling
+from llmc.errors import ConfigError
 from llmc.gpt2 import GPT2, Config
-from llmc.sampling import choose, generate, stream, stream_text
+from llmc.model import Model
+from llmc.sampling import Context, Piece, Speed, Text, generate, stream, write
 from llmc.tokenizer import ByteTokenizer
 
 CONFIG = Config(max_seq_len=8, vocab_size=50, num_layers=2, num_heads=2, channels=32)
@@ -66,6 +71,15 @@ def test_a_window_of_one() -> None:
     assert len(generate(small, [3, 4], 5)) == 5
 
 
+def test_a_long_prompt_is_read_in_parts(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, read = generate(model, [3, 1, 4, 1, 5], 20, temperature=0), []
+    monkeypatch.setattr(sampling, "CHUNK", 2)
+    decode = model.decode
+    monkeypatch.setattr(model, "decode", lambda c, t, p: read.append(t.shape) or decode(c, t, p))
+    assert generate(model, [3, 1, 4, 1, 5], 20, temperature=0) == expected
+    assert read[:4] == [(1, 2), (1, 2), (1, 1), (1, 1)] and max(read) == (1, 2)
+
+
 def test_seeds(model: GPT2) -> None:
     first = generate(model, [3], 40, seed=1)
     assert generate(model, [3], 40, seed=1) == first
@@ -74,15 +88,12 @@ def test_seeds(model: GPT2) -> None:
 
 
 def test_streaming_gives_the_same(model: GPT2) -> None:
-    assert list(stream(model, [3], 10, seed=5)) == generate(model, [3], 10, seed=5)
-
-
-def test_top_k_of_one_is_greedy(model: GPT2) -> None:
-    assert generate(model, [3], 20, top_k=1) == generate(model, [3], 20, temperature=0)
+    assert list(stream(model, [3], Sampling(10, seed=5))) == generate(model, [3], 10, seed=5)
 
 
 def test_nothing_is_asked_for(model: GPT2) -> None:
     assert generate(model, [3], 0) == []
+    assert list(write(model, [], Sampling())) == []
 
 
 def test_an_empty_prompt_is_the_end_of_a_text(model: GPT2) -> None:
@@ -94,49 +105,182 @@ def test_an_empty_prompt_is_the_end_of_a_text(model: GPT2) -> None:
         model.tokenizer = None
 
 
-def test_stop(model: GPT2) -> None:
+def test_a_penalty_counts_the_prompt_and_what_was_written(model: GPT2) -> None:
+    """One so large that nothing comes twice, as long as there is another token with a positive logit."""
+    plain = generate(model, [3, 1, 4], 12, temperature=0)
+    assert len(set(plain) | {3, 1, 4}) < 15, "else a penalty could not be seen"
+    penalised = generate(model, [3, 1, 4], 12, temperature=0, repetition_penalty=1e6)
+    assert len({3, 1, 4, *penalised}) == 15
+
+
+# ---- batches ---------------------------------------------------------------------------------------
+
+
+def by_sequence(pieces: Iterator[Piece], count: int) -> list[list[int]]:
+    found: list[list[int]] = [[] for _ in range(count)]
+    for sequence, token, _ in pieces:
+        if token is not None:
+            found[sequence].append(token)
+    return found
+
+
+PROMPTS = [[3, 1, 4, 1], [9], list(range(20)), [2, 2, 2, 2, 2, 2]]
+
+
+@pytest.mark.parametrize("config", [
+    CONFIG,
+    llama.Config(8, 50, 2, 4, 32, num_kv_heads=2, head_size=8, hidden=40, window=3),
+    gemma.Config(8, 50, 2, 4, 32, num_kv_heads=2, head_size=8, hidden=40, version=2, query_scale=8, window=3,
+                 attn_softcap=5.0, final_softcap=3.0),
+], ids=["gpt2", "llama", "gemma"])  # fmt: skip
+def test_a_batch_writes_what_each_prompt_would_alone(config: Any, cpu: Any) -> None:
+    """Prompts of different lengths, on the CPU's kernels in fp32, past the window; three end on the way, in an order
+    that moves others to their rows."""
+    model = config.build(cpu)
+    model.initialise(3)
+    for row, tensor in model.params:
+        if len(row.shape) == 2:
+            tensor *= 12
+    alone = [generate(model, prompt, 24, temperature=0) for prompt in PROMPTS]
+    assert len({tuple(tokens) for tokens in alone}) == 4
+    # Every other sequence ends with a token of its own that the others do not write before they end.
+    for stop in ([], [alone[0][5]], [alone[3][2], alone[1][9]]):
+        expected = [tokens[: min([tokens.index(t) for t in stop if t in tokens], default=24)] for tokens in alone]
+        found = by_sequence(write(model, PROMPTS, Sampling(24, temperature=0, stop_ids=stop)), 4)
+        assert found == expected
+    assert len({len(tokens) for tokens in expected}) > 1, "some end before others"
+
+
+def test_pieces_come_in_turn_and_every_sequence_has_an_end(model: GPT2) -> None:
+    pieces = list(write(model, PROMPTS, Sampling(3, temperature=0)))
+    assert [piece.sequence for piece in pieces if piece.token is not None] == [0, 1, 2, 3] * 3
+    assert sorted(piece.sequence for piece in pieces if piece.token is None) == [0, 1, 2, 3]
+    none = list(write(model, PROMPTS[:2], Sampling(0), ByteTokenizer()))
+    assert none == [Piece(0, None, ""), Piece(1, None, "")]
+
+
+def test_sequences_of_a_batch_are_drawn_apart(model: GPT2) -> None:
+    same = by_sequence(write(model, [[3]] * 3, Sampling(20)), 3)
+    assert len({tuple(tokens) for tokens in same}) == 3
+    assert same[0] == generate(model, [3], 20)
+
+
+def test_the_cache_has_room_for_what_can_come(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, new_cache = [], model.new_cache
+    monkeypatch.setattr(model, "new_cache", lambda B, T: made.append((B, T)) or new_cache(B, T))
+    for prompts, count in (([[1, 2, 3]], 2), ([[1], [2, 3]], 4), ([[1]], 100), ([range(20)], 1)):
+        list(write(model, prompts, Sampling(count)))
+    assert made == [(1, 5), (2, 6), (1, 8), (1, 8)]
+
+
+def test_what_a_run_took(model: GPT2) -> None:
+    speed = Speed()
+    list(write(model, [[1, 2, 3], [4]], Sampling(4), speed=speed))
+    assert (speed.prompt_tokens, speed.tokens, speed.decoded) == (4, 8, 6)
+    reads = [np.array(positions) for positions in ((3, 1), (4, 2), (5, 3))]
+    assert speed.nbytes == sum(model.decode_nbytes(positions) for positions in reads)
+    assert speed.prompt_seconds > 0 and speed.tokens_per_second == 6 / speed.seconds
+    assert speed.bandwidth == speed.nbytes / speed.seconds
+    assert Speed().tokens_per_second == Speed().bandwidth == 0
+
+
+def test_bytes_of_a_step() -> None:
+    """By hand: matrices once, the head without its padding, of the other tables a row, of the cache what is seen."""
+    C, V, F = 32, 50, 40
+    small = gpt2.Config(8, V, 2, 2, C).build(reference, dtype="float64")
+    layer = 12 * C * C + 13 * C
+    assert small.decode_nbytes(np.array([5])) == 8 * (V * C + C + 2 * layer + 2 * C + 2 * 2 * 6 * C)
+    untied = llama.Config(8, V, 2, 4, C, num_kv_heads=2, head_size=8, hidden=F, window=3).build(reference, dtype="float64")
+    layer = 2 * C + (32 + 2 * 16) * C + C * 32 + 3 * F * C
+    seen = (1 + 3) * 2 * 16  # positions 0 and 5: one token, and the window's three
+    assert untied.decode_nbytes(np.array([0, 5])) == 8 * (V * C + 2 * C + 2 * layer + C + 2 * seen)
+    both = gemma.Config(8, V, 2, 4, C, num_kv_heads=2, head_size=8, hidden=F, version=2, query_scale=8, window=3)
+    model = both.build(reference, dtype="float64")
+    more = model.decode_nbytes(np.array([7])) - model.decode_nbytes(np.array([0]))
+    assert more == 8 * 2 * 16 * ((3 - 1) + (8 - 1)), "one layer has a window, the other sees all"
+
+
+# ---- a cache that is kept --------------------------------------------------------------------------
+
+
+def test_a_context_reads_only_what_is_new(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
+    context, decode, read = Context(model, 8), model.decode, []
+    monkeypatch.setattr(model, "decode", lambda c, t, p: read.append((int(p[0]), t[0].tolist())) or decode(c, t, p))
+
+    def next_token(prompt: list[int]) -> int:
+        ((_, token, _), _) = write(model, [prompt], Sampling(1, temperature=0), context=context)
+        return token
+
+    for prompt, expected in (
+        ([3, 1, 4], (0, [3, 1, 4])),
+        ([3, 1, 4, 1, 5], (3, [1, 5])),
+        ([3, 1, 2], (2, [2])),  # from where it goes on differently
+        ([3, 1, 2], (2, [2])),  # the same again: its last token's logits are needed
+        ([9], (0, [9])),
+    ):
+        read.clear()
+        token = next_token(prompt)
+        assert read == [expected] and context.tokens == prompt
+        assert generate(model, prompt, 1, temperature=0) == [token]
+
+
+def test_a_context_left_early_is_in_order(model: GPT2) -> None:
+    context = Context(model, 8)
+    expected = generate(model, [3, 1], 6, temperature=0)
+    pieces = write(model, [[3, 1]], Sampling(6, temperature=0), context=context)
+    first = [next(pieces).token for _ in range(3)]
+    pieces.close()  # type: ignore[attr-defined]
+    assert first == expected[:3] and context.tokens == [3, 1, *expected[:2]]
+    again = write(model, [[3, 1, *first]], Sampling(3, temperature=0), context=context)
+    assert [token for _, token, _ in again if token is not None] == expected[3:]
+
+
+def test_what_a_context_does_not_take(model: GPT2) -> None:
+    context = Context(model, 6)
+    for prompts, count, message in (([[1]], 6, "1 tokens and 6 new ones exceed its 6"), ([[1], [2]], 1, "one prompt")):
+        with pytest.raises(ConfigError, match=f"^context: .*{message}"):
+            write(model, prompts, Sampling(count), context=context)
+
+
+# ---- ends ------------------------------------------------------------------------------------------
+
+
+def test_stop_ids(model: GPT2) -> None:
     tokens = generate(model, [3], 20, seed=4)
-    stop = tokens[7]
-    assert generate(model, [3], 20, seed=4, stop=stop) == tokens[: tokens.index(stop)]
+    for stop in ((tokens[7],), (tokens[12], tokens[7])):
+        end = min(tokens.index(token) for token in stop)
+        assert generate(model, [3], 20, seed=4, stop_ids=stop) == tokens[:end]
 
 
-# ---- one draw --------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def writer() -> Model:
+    """Knows bytes."""
+    model = GPT2(Config(64, 257, 1, 1, 8), reference, dtype="float64")
+    model.initialise(1)
+    model.tokenizer = ByteTokenizer()
+    return model
 
 
-def draws(logits: list[float], temperature: float, top_k: int, count: int = 20000) -> np.ndarray:
-    random = np.random.Generator(np.random.PCG64(0))
-    array = np.array(logits, dtype=np.float32)
-    return np.bincount([choose(array, temperature, top_k, random) for _ in range(count)], minlength=len(logits)) / count
+def test_stop_strings(writer: Model) -> None:
+    """Cut from the text; tokens go on to the one that completes it."""
+    tokens = generate(writer, [3], 30, seed=9, stop_ids=[256])
+    assert len(tokens) == 30
+    text = "".join(piece.text for piece in write(writer, [[3]], Sampling(30, seed=9), ByteTokenizer()))
+    place = next(i for i in range(5, 20) if text[i : i + 2].isascii() and text.find(text[i : i + 2]) == i)
+    stop = text[place : place + 2]
+    pieces = list(write(writer, [[3]], Sampling(30, seed=9, stop=["never this", stop]), ByteTokenizer()))
+    assert "".join(piece.text for piece in pieces) == text[:place]
+    some = generate(writer, [3], 30, seed=9, stop=stop)
+    assert some == tokens[: len(some)] and ByteTokenizer().decode(some).endswith(stop)
+    with pytest.raises(ConfigError, match="^stop: .* no tokenizer"):
+        write(writer, [[3]], Sampling(stop="x"))
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_frequencies(temperature: float) -> None:
-    """Softmax of logits / temperature, to five standard deviations."""
-    logits = [0.0, 1.0, -1.0, 2.0, 0.5]
-    p = np.exp(np.array(logits) / temperature)
-    p /= p.sum()
-    assert np.all(np.abs(draws(logits, temperature, 0) - p) < 5 * np.sqrt(p * (1 - p) / 20000))
-
-
-def test_top_k() -> None:
-    """Only the k likeliest, in their old proportion."""
-    seen = draws([0.0, 3.0, -1.0, 2.0, 2.5], 1.0, 3)
-    assert seen[0] == seen[2] == 0
-    p = np.exp([3.0, 2.0, 2.5])
-    assert seen[[1, 3, 4]] == pytest.approx(p / p.sum(), abs=0.02)
-    assert np.count_nonzero(draws([0.0] * 5, 1.0, 2)) == 2
-    assert np.count_nonzero(draws([0.0] * 5, 1.0, 99)) == 5
-
-
-def test_extreme_logits() -> None:
-    assert draws([1e30, 0.0, -1e30], 1.0, 0, 10)[0] == 1
-    assert draws([1.0, 2.0, 1.5], 1e-300, 0, 10)[1] == 1
-
-
-def test_logits_that_are_not_finite() -> None:
-    for wrong in (np.nan, np.inf):
-        with pytest.raises(DivergenceError, match="logits are not finite"):
-            choose(np.array([0.0, wrong], dtype=np.float32), 0, 0, np.random.default_rng(0))
+def test_only_what_the_tokenizer_knows_is_chosen() -> None:
+    model = GPT2(Config(64, 300, 1, 1, 8), reference, dtype="float64")
+    model.initialise(1)
+    assert max(generate(model, [3], 200)) > 256
+    assert max(piece.token or 0 for piece in write(model, [[3]], Sampling(200), ByteTokenizer())) <= 256
 
 
 # ---- bad input -------------------------------------------------------------------------------------
@@ -145,30 +289,70 @@ def test_logits_that_are_not_finite() -> None:
 @pytest.mark.parametrize("wrong", [-1, 50, 2**40])
 def test_tokens_outside_the_vocabulary(model: GPT2, wrong: int) -> None:
     with pytest.raises(ConfigError, match=f"{wrong} at position 1 is outside the vocabulary of 50"):
-        stream(model, [1, wrong])  # at the call: nothing was asked of the iterator
-
-
-@pytest.mark.parametrize(
-    ("field", "value"), [("max_new_tokens", -1), ("temperature", -0.1), ("temperature", float("nan")), ("top_k", -5)]
-)
-def test_options_out_of_range(model: GPT2, field: str, value: float) -> None:
-    with pytest.raises(ConfigError, match=f"^{field}: "):
-        stream(model, [1], **{field: value})  # type: ignore[arg-type]
+        stream(model, [1, wrong], Sampling())  # at the call: nothing was asked of the iterator
 
 
 # ---- text ------------------------------------------------------------------------------------------
 
 
+def pushed(tokens: Any, *stop: str) -> tuple[list[str], str, bool]:
+    """The pieces that are not empty, what `finish` adds, and whether a stop string was found."""
+    text = Text(ByteTokenizer(), stop)
+    pieces = [text.push(token) for token in tokens]
+    return [piece for piece in pieces if piece], text.finish(), text.ended
+
+
 def test_characters_come_whole() -> None:
     """One token per byte, and yet no half character."""
     text = "naïve: 語🙂!"
-    pieces = list(stream_text(ByteTokenizer(), text.encode()))
-    assert "".join(pieces) == text
-    assert pieces == list(text)
+    assert pushed(text.encode()) == (list(text), "", False)
 
 
 def test_bytes_that_are_no_text() -> None:
-    assert "".join(stream_text(ByteTokenizer(), [65, 0xFF, 66, 0xE8])) == "A\ufffdB\ufffd"
+    assert pushed([65, 0xFF, 66, 0xE8]) == (["A", "\ufffd", "B"], "\ufffd", False)
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "pieces", "rest", "ended"),
+    [
+        ("one\ntwo", ["\n"], ["o", "n", "e"], "", True),
+        ("a\nUx\nUs\nUser:b", ["\nUser:"], ["a", "\nUx", "\nUs"], "", True),  # held back, and let go
+        ("a\nUse", ["\nUser:"], ["a"], "\nUse", False),  # what was held back comes at the end
+        ("aaab", ["aab"], ["a"], "", True),
+        ("abcd", ["bcx", "cd"], ["a", "b"], "", True),  # the held-back beginning of one, in which another begins
+        ("xabc", ["bc", "abc"], ["x"], "", True),  # the earliest counts
+        ("zé語", ["語"], ["z", "é"], "", True),
+    ],
+)
+def test_stop_strings_in_text(text: str, stop: list[str], pieces: list[str], rest: str, ended: bool) -> None:
+    assert pushed(text.encode(), *stop) == (pieces, rest, ended)
+
+
+def test_a_stop_string_within_a_token() -> None:
+    tokenizer = type("Words", (), {"decode_bytes": lambda self, ids, start=False: b"".join(ids)})()
+    text = Text(tokenizer, ["end"])
+    assert [text.push(word) for word in (b"the ", b"bends", b" more")] == ["the ", "b", ""]
+    assert text.ended and text.finish() == ""
+
+
+def test_a_text_from_its_beginning() -> None:
+    """A tokenizer that puts a space in front of a text is asked to leave it out where a text begins."""
+
+    class Spaced(ByteTokenizer):
+        def decode_bytes(self, ids: Any, start: bool = False) -> bytes:
+            found = bytes(ids)
+            return found.lstrip() if start else found
+
+    for start, expected in ((True, "a "), (False, " a ")):
+        text = Text(Spaced(), start=start)
+        assert "".join(text.push(token) for token in b" a ") == expected
+    small = GPT2(Config(16, 257, 1, 1, 8), reference, dtype="float64")
+    small.initialise(1)
+    small.tokenizer = Spaced()
+    for prompt, begins in (([256], True), ([], True), ([256, 65], False)):
+        first = next(write(small, [prompt], Sampling(1, temperature=0), small.tokenizer))
+        assert first.token is not None
+        assert first.text == Text(Spaced(), start=begins).push(first.token)
 
 
 def test_end_of_text(model: GPT2) -> None:

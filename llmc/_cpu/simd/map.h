@@ -16,13 +16,14 @@ ALWAYS_INLINE vec gelu_value(vec x) {
 }
 
 /* gelu' = s + x s (1 - s) 2u' with s = 1/(1 + e), 1 - s = s e (no cancellation), e = e^(-2u), and
- * 2u' = 2 sqrt(2/pi) (1 + 3 * 0.044715 x^2).  Beyond |x| = 12 the second term is nothing, and x is held there lest
- * 0 * inf appear. */
-ALWAYS_INLINE vec gelu_slope(vec x) {
+ * 2u' = 2 sqrt(2/pi) (1 + 3 * 0.044715 x^2); *value is gelu itself.  Beyond |x| = 12 the second term is nothing, and x
+ * is held there lest 0 * inf appear. */
+ALWAYS_INLINE vec gelu_slope(vec x, vec *value) {
     const float twice = 2.0f * 0.797884560802865f;
-    vec v = v_min(v_set(12.0f), v_max(v_set(-12.0f), x));
+    vec low = v_max(v_set(-12.0f), x), v = v_min(v_set(12.0f), low);
     vec v2 = v_mul(v, v), e = gelu_exp(v, v2), s = v_div(v_set(1.0f), v_add(v_set(1.0f), e));
     vec slope = v_fma(v2, v_set(3.0f * twice * 0.044715f), v_set(twice));
+    *value = v_mul(low, s);
     return v_fma(v_mul(v_mul(v, s), v_mul(s, e)), slope, s);
 }
 
@@ -32,10 +33,11 @@ ALWAYS_INLINE vec silu_value(vec x) {
     return v_div(v_max(v_set(-87.0f), x), v_add(v_set(1.0f), e));
 }
 
-/* silu' = s + x s (1 - s), 1 - s = s e^-x; x is held within 87 lest 0 * inf appear. */
-ALWAYS_INLINE vec silu_slope(vec x) {
-    vec v = v_min(v_set(87.0f), v_max(v_set(-87.0f), x));
+/* silu' = s + x s (1 - s), 1 - s = s e^-x, and *value is silu; x is held within 87 lest 0 * inf appear. */
+ALWAYS_INLINE vec silu_slope(vec x, vec *value) {
+    vec low = v_max(v_set(-87.0f), x), v = v_min(v_set(87.0f), low);
     vec e = v_exp(v_sub(v_set(0.0f), v)), s = v_div(v_set(1.0f), v_add(v_set(1.0f), e));
+    *value = v_mul(low, s);
     return v_fma(v_mul(v, s), v_mul(s, e), s);
 }
 
@@ -44,8 +46,10 @@ static void gelu_forward_span(float *out, const float *x, ptrdiff_t n) {
 }
 
 static void gelu_backward_span(float *dx, const float *dout, const float *x, ptrdiff_t n) {
-    for (ptrdiff_t i = 0; i < n; i += VL)
-        store_upto(dx + i, v_mul(load_upto(dout + i, n - i), gelu_slope(load_upto(x + i, n - i))), n - i);
+    for (ptrdiff_t i = 0; i < n; i += VL) {
+        vec value, slope = gelu_slope(load_upto(x + i, n - i), &value);
+        store_upto(dx + i, v_mul(load_upto(dout + i, n - i), slope), n - i);
+    }
 }
 
 /* out = f(gate) up, and its gradient: dgate = dout up f'(gate), dup = dout f(gate).  dgate may be gate, dup may be
@@ -59,9 +63,10 @@ static void gelu_backward_span(float *dx, const float *dout, const float *x, ptr
                                      ptrdiff_t n) {                                                                    \
         for (ptrdiff_t i = 0; i < n; i += VL) {                                                                        \
             ptrdiff_t k = n - i;                                                                                       \
-            vec g = load_upto(gate + i, k), u = load_upto(up + i, k), d = load_upto(dout + i, k);                      \
-            store_upto(dgate + i, v_mul(v_mul(d, u), SLOPE(g)), k);                                                    \
-            store_upto(dup + i, v_mul(d, VALUE(g)), k);                                                                \
+            vec u = load_upto(up + i, k), d = load_upto(dout + i, k), value;                                           \
+            vec slope = SLOPE(load_upto(gate + i, k), &value);                                                         \
+            store_upto(dgate + i, v_mul(v_mul(d, u), slope), k);                                                       \
+            store_upto(dup + i, v_mul(d, value), k);                                                                   \
         }                                                                                                              \
     }
 GATED(swiglu, silu_value, silu_slope)

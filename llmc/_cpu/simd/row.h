@@ -55,8 +55,8 @@ static void layernorm_row(float *out, float *mean, float *rstd, const float *x, 
 /* With n = (x - mean) rstd and g = dout w:
  *     dx += rstd (g - mean(g) - n mean(g n));   dw += dout n;   db += dout
  * dw and db may both be NULL. */
-static void layernorm_backward_row(float *dx, float *dw, float *db, const float *dout, const float *x, const float *w,
-                                   float mean, float rstd, ptrdiff_t C) {
+ALWAYS_INLINE void layernorm_backward_body(float *dx, float *dw, float *db, const float *dout, const float *x,
+                                           const float *w, float mean, float rstd, ptrdiff_t C, const int trained) {
     vec m = v_set(mean), r = v_set(rstd), sum_g = v_set(0.0f), sum_gn = v_set(0.0f);
     for (ptrdiff_t i = 0; i < C; i += VL) {
         ptrdiff_t k = C - i;
@@ -64,7 +64,7 @@ static void layernorm_backward_row(float *dx, float *dw, float *db, const float 
         vec g = v_mul(d, load_upto(w + i, k));
         sum_g = v_add(sum_g, g);
         sum_gn = v_fma(g, n, sum_gn); /* lanes past the end have d = 0 */
-        if (dw) {
+        if (trained) {
             store_upto(dw + i, v_fma(d, n, load_upto(dw + i, k)), k);
             store_upto(db + i, v_add(d, load_upto(db + i, k)), k);
         }
@@ -77,6 +77,14 @@ static void layernorm_backward_row(float *dx, float *dw, float *db, const float 
         vec t = v_sub(v_sub(g, mean_g), v_mul(n, mean_gn));
         store_upto(dx + i, v_fma(t, r, load_upto(dx + i, k)), k);
     }
+}
+
+static void layernorm_backward_row(float *dx, float *dw, float *db, const float *dout, const float *x, const float *w,
+                                   float mean, float rstd, ptrdiff_t C) {
+    if (dw)
+        layernorm_backward_body(dx, dw, db, dout, x, w, mean, rstd, C, 1);
+    else
+        layernorm_backward_body(dx, NULL, NULL, dout, x, w, mean, rstd, C, 0);
 }
 
 /* out = x rstd (offset + w), rstd = 1 / sqrt(mean of x^2 + eps).  The squares are summed in double: those of float32
@@ -93,15 +101,15 @@ static void rmsnorm_row(float *out, float *rstd, const float *x, const float *w,
 /* With n = x rstd and g = dout (offset + w):
  *     dx += rstd (g - n mean(g n));   dw += dout n
  * dw may be NULL. */
-static void rmsnorm_backward_row(float *dx, float *dw, const float *dout, const float *x, const float *w, float rstd,
-                                 ptrdiff_t C, float offset) {
+ALWAYS_INLINE void rmsnorm_backward_body(float *dx, float *dw, const float *dout, const float *x, const float *w,
+                                         float rstd, ptrdiff_t C, float offset, const int trained) {
     vec r = v_set(rstd), o = v_set(offset), sum_gn = v_set(0.0f);
     for (ptrdiff_t i = 0; i < C; i += VL) {
         ptrdiff_t k = C - i;
         vec d = load_upto(dout + i, k), n = v_mul(load_upto(x + i, k), r);
         vec g = v_mul(d, v_add(o, load_upto(w + i, k)));
         sum_gn = v_fma(g, n, sum_gn); /* lanes past the end have d = 0 */
-        if (dw) store_upto(dw + i, v_fma(d, n, load_upto(dw + i, k)), k);
+        if (trained) store_upto(dw + i, v_fma(d, n, load_upto(dw + i, k)), k);
     }
     vec mean_gn = v_set(v_sum(sum_gn) / (float)C);
     for (ptrdiff_t i = 0; i < C; i += VL) {
@@ -110,6 +118,14 @@ static void rmsnorm_backward_row(float *dx, float *dw, const float *dout, const 
         vec g = v_mul(load_upto(dout + i, k), v_add(o, load_upto(w + i, k)));
         store_upto(dx + i, v_fma(v_sub(g, v_mul(n, mean_gn)), r, load_upto(dx + i, k)), k);
     }
+}
+
+static void rmsnorm_backward_row(float *dx, float *dw, const float *dout, const float *x, const float *w, float rstd,
+                                 ptrdiff_t C, float offset) {
+    if (dw)
+        rmsnorm_backward_body(dx, dw, dout, x, w, rstd, C, offset, 1);
+    else
+        rmsnorm_backward_body(dx, NULL, dout, x, w, rstd, C, offset, 0);
 }
 
 /* One token's heads of D channels, turned in place by the angles whose D/2 cosines and D/2 sines are in `table`:
