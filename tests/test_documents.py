@@ -189,6 +189,14 @@ def test_a_folder_s_files_in_the_order_of_their_names(tmp_path: Path) -> None:
     assert seen[-1] == (total, total) and seen == sorted(seen)
 
 
+def test_a_folder_called_like_a_dataset_is_that_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("owner/name").mkdir(parents=True)
+    Path("owner/name/a.jsonl").write_bytes(lines(TEXTS))
+    assert list(documents.read("owner/name")) == TEXTS
+    assert documents.short_name("owner/name/") == "name" and documents.short_name("x/a.b.jsonl.gz") == "a.b"
+
+
 def test_sources_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(lines(TEXTS))
     (tmp_path / "empty").mkdir()
@@ -436,16 +444,28 @@ def test_documents_in_a_folder_s_vocabulary(tmp_path: Path, make: Callable[[Path
 def test_a_text_in_pieces_has_the_tokens_of_the_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
-    """Where the tokenizer puts a space in front of a text: in front of the first piece of each alone."""
+    """Of a document, too.  The tokenizer puts a space in front of a text: in front of its first piece alone."""
     pytest.importorskip("tokenizers")
     t = tokenizers.load(llama(tmp_path))
     monkeypatch.setattr(datasets, "TEXT_CHUNK", chunk)
     monkeypatch.setattr(datasets, "GROUP", 1)
-    texts = ["once  a   cab,\n once upon\n\n  once\n", "  once a sab\tand  a  b ", "", " once", "once a" * 9 + "\n "]
+    texts = ["once  a   cab,\n once upon\n\n  once\n", "  once a sab\tand  a  b ", "", " once", "once a" * 20 + "\n "]
     (tmp_path / "a.txt").write_text("<|endoftext|>".join(texts))
     made = datasets.prepare_text(tmp_path / "a.txt", tmp_path, tokenizer=t.name, val_fraction=0)
     expected = [i for text in texts for i in (1, *t.encode(text))]
     assert tokens(*made.train) == expected
+    (tmp_path / "a.jsonl").write_bytes(lines(texts))
+    sizes: list[int] = []
+    encode_batch = tokenizers.HuggingFaceTokenizer.encode_batch
+
+    def measured(t: Any, texts: list[str], continued: bool = False) -> list[list[int]]:
+        sizes.extend(map(len, texts))
+        return encode_batch(t, texts, continued)
+
+    monkeypatch.setattr(tokenizers.HuggingFaceTokenizer, "encode_batch", measured)
+    made = datasets.prepare_documents(tmp_path / "a.jsonl", tmp_path, tokenizer=t.name, val_fraction=0)
+    assert tokens(*made.train) == expected
+    assert max(sizes) <= max(chunk, 14) < max(map(len, texts))  # twice 7, where there is no space to cut at
     assert t.encode("once a")[0] == t.vocab_size - 3 and len(expected) < sum(map(len, texts))  # there are merges
 
 
