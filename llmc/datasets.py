@@ -458,8 +458,28 @@ def _stories(file: _Readable, name: str) -> Iterator[str]:
 
 def _document_ids(encoder: tokenizers.Tokenizer, texts: list[str]) -> Array:
     """Ids of whole texts, each led by end-of-text."""
-    eot = (encoder.eot,)
-    return _joined(itertools.chain.from_iterable((eot, ids) for ids in encoder.encode_batch(texts)))
+    cut = [list(_parts(text, encoder.breaks)) for text in texts]
+    parts: list[Sequence[int]] = []
+    for (_, *others), ids in zip(cut, encoder.encode_batch([first for first, *_ in cut]), strict=True):
+        parts += [(encoder.eot,), ids]
+        for other in others:  # one by one: a tokenizer may take a hundred bytes for each of the text
+            parts += encoder.encode_batch([other], continued=True)
+    return _joined(parts)
+
+
+def _parts(text: str, breaks: str) -> Iterator[str]:
+    """A text in parts of about TEXT_CHUNK characters, cut as `_safe_cut` does."""
+    start = 0
+    while len(text) - start > TEXT_CHUNK:
+        window, cut = TEXT_CHUNK, 0
+        while not cut and start + window <= len(text):
+            cut = _safe_cut(text[start : start + window], breaks)
+            window *= 2
+        if not cut:
+            break
+        yield text[start : start + cut]
+        start += cut
+    yield text[start:]
 
 
 def _text_ids(encoder: tokenizers.Tokenizer, pieces: list[tuple[str, bool]]) -> Array:

@@ -136,13 +136,11 @@ def _json_lines(path: Path, field: str, progress: _Share) -> Iterator[str]:
     with raw:
         number = 0
         for number, line in enumerate(_lines(raw, path), 1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
             if not line.strip():
                 continue
             where = f"line {number}"
             try:
-                item = json.loads(line)
+                item = json.loads(line)  # which passes over a byte order mark
             except UnicodeDecodeError:
                 raise FileFormatError(path, where, "is not UTF-8 text") from None
             except (ValueError, RecursionError) as error:
@@ -216,7 +214,7 @@ def _ask(name: str) -> None:
     from huggingface_hub import errors
 
     try:
-        huggingface_hub.HfApi().dataset_info(name, timeout=TIMEOUT)
+        huggingface_hub.HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None).dataset_info(name, timeout=TIMEOUT)
     except errors.GatedRepoError as error:
         raise DownloadError(f"{name}: the hub asks for permission to use this dataset, and HF_TOKEN") from error
     except errors.RepositoryNotFoundError as error:

@@ -216,9 +216,18 @@ PRESETS: dict[str, Config] = {
 
 
 class Gemma(model.Model):
-    """A Gemma over a backend; what its attributes and methods are `model.Model` says."""
+    """A Gemma over a backend; what its attributes and methods are `model.Model` says.
+
+    `Config.build` chooses the class; ConfigError for a configuration of another version.
+    """
 
     config: Config
+    VERSION: ClassVar[int] = 1
+
+    def __init__(self, config: Config, *args: Any, **options: Any) -> None:
+        if config.version != self.VERSION:
+            raise ConfigError("version", f"{type(self).__name__} is version {self.VERSION}, not {config.version}")
+        super().__init__(config, *args, **options)
 
     def _constants(self, arena: Arena) -> None:
         c = self.config
@@ -347,6 +356,8 @@ class Gemma(model.Model):
 
 class Gemma2(Gemma):
     """Both branches go through a norm of their own, post1w and post2w, before they join the stream."""
+
+    VERSION: ClassVar[int] = 2
 
     def _attention_branch(self, out: Array, x: Any, w: SimpleNamespace) -> None:
         self.ops.linear_forward(x.branch1, x.atty, w.attprojw, None)

@@ -132,7 +132,9 @@ def gradients(dout: Array, qkv: Array, out: Array, lse: Array, told: Told) -> Gr
     delta_off = UNIT * (summed(D) + 1) * np.abs(do * o).sum(axis=-1, keepdims=True)
     size = np.abs(dp) + np.abs(delta)
     ds = p * (dp - delta) * w.slope * scale
-    ds_off = (relative * w.slope + w.slope_off) * np.abs(dp - delta) + (dp_off + delta_off + 4 * UNIT * size) * w.slope
+    # where a row sees one key alone dp - delta is 0, and under a soft-cap the slope may be: then errors meet errors
+    slope = w.slope + w.slope_off
+    ds_off = (relative * w.slope + w.slope_off) * np.abs(dp - delta) + (dp_off + delta_off + 4 * UNIT * size) * slope
     ds_off = (ds_off * p + FLUSHED * size) * scale + 4 * UNIT * np.abs(ds)
     return Gradients(p, p * relative + FLUSHED, ds, ds_off, delta)
 

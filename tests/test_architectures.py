@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import reference
 from architectures import ARCHITECTURES, STEPS, V, backward, batch, build, furthest, optimizer_for, train, worst
-from judge import torch
+from judge import norm_ratio, torch
 
+from llmc import lora
 from llmc.arena import PADDED, Array
 from llmc.model import RECOMPUTE
 
@@ -260,3 +261,28 @@ def test_matrices_of_bf16_count_as_what_they_are(each_isa: ModuleType, name: str
     for ids in (x[:, :1].copy(), x[:, :5].copy()):
         ours, same = (model.decode(model.new_cache(2), ids, start).copy() for model in (frozen, wide))
         assert furthest(ours, same) < 5e-6
+
+
+@names
+@pytest.mark.parametrize("mode", ["none", "block"])
+def test_adapters(name: str, mode: str) -> None:
+    """In float64: the loss of a frozen model with adapters on all matrices is that of w + scale B A, and their
+    gradients are scale B^T dW and scale dW A^T."""
+    model, merged = (build(name, reference, dtype="float64") for _ in range(2))
+    adapters = lora.attach(model, lora.LoRA(rank=3))
+    random, scale = np.random.default_rng(2), adapters.lora.scale
+    a, b = ([adapters.params[getattr(part, which).name] for part in adapters.parts] for which in "ab")
+    for part, part_a, part_b in zip(adapters.parts, a, b, strict=True):
+        for tensor in (part_a, part_b):
+            tensor[...] = 0.1 * random.standard_normal(tensor.shape)
+        merged.params[part.row][:, part.column : part.column + part.width] += scale * part_b @ part_a
+    x, y = batch()
+    model.prepare(*x.shape, recompute=mode)
+    np.testing.assert_allclose(model.forward(x, y), merged.forward(x, y), rtol=1e-12)
+    model.backward()
+    merged.backward()
+    assert adapters.grads is not None and merged.grads is not None and len(adapters.parts) == 7
+    for part, part_a, part_b in zip(adapters.parts, a, b, strict=True):
+        dw = scale * merged.grads[part.row][:, part.column : part.column + part.width]
+        assert norm_ratio(adapters.grads[part.a.name], part_b.swapaxes(1, 2) @ dw) < 1e-12, part
+        assert norm_ratio(adapters.grads[part.b.name], dw @ part_a.swapaxes(1, 2)) < 1e-12, part

@@ -115,3 +115,11 @@ def test_initialisation(cpu: ModuleType, name: str) -> None:
 def test_impossible_configurations(name: str, field: str, changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"^{field}"):
         replace(ARCHITECTURES[name].ours, **changes)
+
+
+def test_a_class_takes_its_own_version_alone(cpu: ModuleType) -> None:
+    one, two = (ARCHITECTURES[name].ours for name in ("gemma", "gemma-2"))
+    assert type(one.build(cpu)) is gemma.Gemma and type(two.build(cpu)) is gemma.Gemma2
+    for kind, config in ((gemma.Gemma, two), (gemma.Gemma2, one)):
+        with pytest.raises(ConfigError, match="version"):
+            kind(config, cpu)
