@@ -214,7 +214,7 @@ def test_padding_stays_zero(cpu: ModuleType, name: str) -> None:
     model = ARCHITECTURES[name].ours.build(cpu)
     model.initialise(seed=3)
     x, y = batch()
-    assert abs(model.loss(x, y) - np.log(V)) < 0.05, "a new model guesses"
+    assert abs(model.loss(x, y) - np.log(V)) < 0.1, "a new model guesses"
     before = model.loss(x, y)
     assert train(model, 3, x, y)[-1] < before
     assert model.grads is not None
