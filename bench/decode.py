@@ -42,7 +42,8 @@ class Llmc:
         from llmc import profiling
 
         self.given = given
-        self.model = loading.load(given["folder"], threads=given["threads"], dtype="bf16", masters=False, narrow=True)
+        # Products in fp32: with dtype "bf16" a prompt's activations would be rounded, too, and the tokens might differ.
+        self.model = loading.load(given["folder"], threads=given["threads"], dtype="fp32", masters=False, narrow=True)
         self._bandwidth = lambda: profiling.read_bandwidth(self.model.ops)
 
     def turn(self) -> dict[str, Any]:
