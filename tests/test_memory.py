@@ -196,12 +196,12 @@ def test_the_backend_tells_its_workspace() -> None:
         "import sys; from llmc import _cpu; from llmc._cpu import workspace\n"
         "made = []; real = workspace.empty\n"
         "workspace.empty = lambda shape, dtype: (made.append(shape[0]), real(shape, dtype))[1]\n"
-        "for sizes in ((10, 3, 5, 7, 2), (4096, 3, 5, 7, 2), (10, 3, 1 << 36, 7, 2), (10, 10000, 5, 7, 2)):\n"
+        "for sizes in ((9, 3, 5, 7, 2, 8), (4096, 3, 5, 7, 2, 8), (9, 3, 1 << 36, 7, 2, 8), (9, 10000, 5, 7, 2, 8)):\n"
         "    told = _cpu.workspace_nbytes(*sizes); _cpu.reserve(*sizes)\n"
         "    assert made.pop() == told['shared'], (sizes, told)\n"
         "for threads in (3, 1):\n"
-        "    _cpu.configure(threads=threads); assert made.pop() == _cpu.workspace_nbytes(1, 1, 1, 1, 1)['threads']\n"
-        "assert not made; _cpu.reserve(10, 3, 5, 7, 2); assert not made\n"
+        "    _cpu.configure(threads=threads); assert made.pop() == _cpu.workspace_nbytes(1, 1, 1, 1, 1, 1)['threads']\n"
+        "assert not made; _cpu.reserve(9, 3, 5, 7, 2, 8); assert not made\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -217,7 +217,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "read_model", fail)
     for name in ("read", "check"):
         monkeypatch.setattr(safetensors_folder, name, fail)
-    monkeypatch.setattr(model_module, "Arena", fail)
+    monkeypatch.setattr("llmc.model.Arena", fail)
 
 
 SHAPE = Config(max_seq_len=32, vocab_size=300, num_layers=2, num_heads=2, channels=16)
@@ -372,7 +372,7 @@ def test_what_would_fit(B: int, recompute: str, available: int, options: dict[st
 
 def test_a_run_that_does_not_fit_allocates_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And what its error says would fit, does."""
-    monkeypatch.setattr(model_module, "Arena", lambda *a: pytest.fail("an arena was made"))
+    monkeypatch.setattr("llmc.model.Arena", lambda *a: pytest.fail("an arena was made"))
     config = TrainConfig(init="tiny", batch_size=6, sequence_length=64, total_batch=6 * 64, out=str(tmp_path / "out"))
     fits = replace(config, recompute="gelu+norm")
     available = training.memory_plan(fits).total
