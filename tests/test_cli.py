@@ -590,7 +590,7 @@ def test_texts_written_together_are_shown_in_order() -> None:
     found = [next(shown) for _ in range(4)]
     assert found == ["--- 1 of 3 ---\nA", "a", "b", "\n\n--- 2 of 3 ---\nXx"]
     assert list(shown) == ["y", "", "\n\n--- 3 of 3 ---\nZ!?"]
-    assert list(display.in_order(["A"], iter([sampling.Piece(0, 7, "a"), sampling.Piece(0, None, "")]))) == ["A", "a", ""]
+    assert list(display.in_order(["A"], iter([sampling.Piece(0, 7, "a"), sampling.Piece(0, None, "")]))) == [*"Aa", ""]
 
 
 @pytest.mark.parametrize(("seconds", "shown"), [(4.2, "0:04"), (65, "1:05"), (3725, "1:02:05"), (-1, "0:00")])

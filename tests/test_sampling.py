@@ -190,7 +190,8 @@ def test_bytes_of_a_step() -> None:
     small = gpt2.Config(8, V, 2, 2, C).build(reference, dtype="float64")
     layer = 12 * C * C + 13 * C
     assert small.decode_nbytes(np.array([5])) == 8 * (V * C + C + 2 * layer + 2 * C + 2 * 2 * 6 * C)
-    untied = llama.Config(8, V, 2, 4, C, num_kv_heads=2, head_size=8, hidden=F, window=3).build(reference, dtype="float64")
+    own_head = llama.Config(8, V, 2, 4, C, num_kv_heads=2, head_size=8, hidden=F, window=3)
+    untied = own_head.build(reference, dtype="float64")
     layer = 2 * C + (32 + 2 * 16) * C + C * 32 + 3 * F * C
     seen = (1 + 3) * 2 * 16  # positions 0 and 5: one token, and the window's three
     assert untied.decode_nbytes(np.array([0, 5])) == 8 * (V * C + 2 * C + 2 * layer + C + 2 * seen)
