@@ -7,6 +7,7 @@ follow `ops.py`.
 
 from __future__ import annotations
 
+import functools
 import math
 import weakref
 from collections.abc import Callable, Iterator
@@ -484,18 +485,28 @@ class Model:
     def decode_nbytes(self, positions: Array) -> int:
         """Bytes that `decode` reads at least, for one token of each sequence at `positions` (B,): every weight once,
         of the tables before the first layer one row a token, and of the cache what a token sees."""
-        c, width = self.config, np.dtype(self.dtype).itemsize
-        found = 0 if self.adapters is None else self.adapters.weights.nbytes
+        weights, row, windows = self._decode_reads
+        adapters = 0 if self.adapters is None else self.adapters.weights.nbytes
+        seen = sum(int(np.minimum(positions + 1, window).sum()) * nbytes for window, nbytes in windows.items())
+        return weights + adapters + row * len(positions) + seen
+
+    @functools.cached_property
+    def _decode_reads(self) -> tuple[int, int, dict[int, int]]:
+        """Bytes of the weights, of a token's rows of the tables, and, by how far a layer looks back, of a token in the
+        cache of all layers that look back so far."""
+        c, weights, rows = self.config, 0, 0
         for row, tensor in self.weights:
-            V = c.vocab_size if row.name in PADDED else len(tensor)
-            head = row.name == ("wte" if c.tied else "head")
-            lookup = row.name in ("wte", "wpe") and not head
-            found += tensor.nbytes // len(tensor) * (len(positions) if lookup else V)
+            nbytes = tensor.nbytes // len(tensor)
+            if row.name in ("wte", "wpe") and not (c.tied and row.name == "wte"):
+                rows += nbytes
+            else:
+                weights += nbytes * (c.vocab_size if row.name in PADDED else len(tensor))
         channels = sum(row.shape[-1] for row in c.cache_rows(1, 1) if row.name in ("keys", "values"))
+        windows: dict[int, int] = {}
         for layer in range(c.num_layers):
             window = c.layer_window(layer) or c.max_seq_len
-            found += int(np.minimum(positions + 1, window).sum()) * channels * width
-        return found
+            windows[window] = windows.get(window, 0) + channels * np.dtype(self.dtype).itemsize
+        return weights, rows, windows
 
     @staticmethod
     def _last_tokens(s: Arena) -> Iterator[tuple[Array, Array]]:
