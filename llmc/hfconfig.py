@@ -288,9 +288,11 @@ def _rope(r: _Reader, scaled: bool, max_seq_len: int) -> tuple[float, Scaling | 
             raise given.wrong(field, f"is {value!r}, llmc does not compute that beside rope_type {kind!r}")
     if kind == "default":
         return theta, None
-    longest = r if LONGEST in r.fields else given
     factors = {field: given.number(field) for field in FACTORS}
-    return theta, Scaling(**factors, original_max_len=longest.integer(LONGEST, max_seq_len))
+    longest = given.integer(LONGEST, max_seq_len)
+    if r.fields.get(LONGEST, longest) != longest:  # which transformers passes over here, and heeds elsewhere
+        raise r.wrong(LONGEST, f"is {r.fields[LONGEST]!r}, but the scaling of {name} is from {longest}")
+    return theta, Scaling(**factors, original_max_len=longest)
 
 
 def _llama(r: _Reader, kind: str = "llama", window: int = 0) -> Config:
@@ -317,10 +319,10 @@ def _qwen2(r: _Reader) -> Config:
     if r.fields.get("layer_types") is not None:
         field, sliding = "layer_types", _layer_types(r, layers)
         some, all_of_them = any(sliding), all(sliding)
-    if some and not window:
-        raise r.wrong("sliding_window", "is not in use, but layer_types has sliding_attention")
     if some != all_of_them:
         raise r.wrong(field, "gives some layers a window and others none; llmc computes the same in all")
+    if some and not window:
+        raise r.wrong("sliding_window", "is not in use, but layer_types has sliding_attention")
     return _llama(r, "qwen2", window if some else 0)
 
 
