@@ -325,7 +325,7 @@ def _check_fp16(part: _Part, array: Array) -> None:
 
 
 def _remove_others(folder: Path, kept: set[str]) -> None:
-    """Remove weights of an earlier save; the file that a reader would look at first goes first."""
+    """Remove weights of an earlier save; an index before the files it names."""
     stale = [path for path in folder.iterdir() if SHARD.fullmatch(path.name)]
     for path in (folder / WEIGHTS_FILE, folder / INDEX_FILE, *stale):
         if path.name not in kept:
