@@ -65,30 +65,6 @@ def test_slices(version: int, slice_bytes: int, tmp_path: Path, monkeypatch: pyt
     assert found.flat.tobytes() == whole.flat.tobytes()
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the CPUs of a process cannot be chosen here")
-def test_no_more_readers_than_cpus() -> None:
-    """CPUs that this process may use, however many the machine has."""
-    program = (
-        "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
-        "from llmc import files; print(files.READERS)"
-    )
-    assert subprocess.check_output([sys.executable, "-c", program], text=True) == "1\n"
-
-
-@pytest.mark.parametrize("missing", [1, 500, 3000])
-@pytest.mark.parametrize("slice_bytes", [100, 4096, 1 << 20])
-def test_a_file_that_ends_while_it_is_read(
-    slice_bytes: int, missing: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its size was right when it was opened; whichever thread finds the end, it is one error that names the tensor."""
-    (tmp_path / "file").write_bytes(bytes(4000))
-    monkeypatch.setattr(files, "SLICE", slice_bytes)
-    with files.File(tmp_path / "file") as file:
-        os.truncate(tmp_path / "file", 4000 - missing)
-        with pytest.raises(FileFormatError, match="wte.*bytes too early"):
-            file.fill("wte", 0, np.empty(1000, np.float32), np.dtype(np.float32))
-
-
 def shapes(dims: Dimensions) -> dict[str, tuple[int, ...]]:
     """The format's table, written out."""
     L, C = dims.num_layers, dims.channels

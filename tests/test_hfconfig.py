@@ -107,7 +107,7 @@ def refused() -> list[tuple[str, str, Any, str]]:
     for kind, table in hfconfig.MATHEMATICS.items():
         for field, allowed in table.items():
             found.append((kind, field, other.get(field, allowed[0] is not True), field))
-            found.append((kind, field, 7, field))
+            found.append((kind, field, int(allowed[0]) if isinstance(allowed[0], bool) else 7, field))
         for field, value in (
             ("quantization_config", {"bits": 4}), ("per_layer_config", {"0": {"num_attention_heads": 2}}),
             ("num_local_experts", 8), ("is_encoder_decoder", True), ("partial_rotary_factor", 0.5),

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import reference
 
-from llmc import files, hfconfig, safetensors_folder
+from llmc import files, hfconfig, loading, safetensors_folder
 from llmc.arena import Arena, Array, Row
 from llmc.errors import ConfigError, FileFormatError
 from llmc.model import Config
@@ -452,3 +452,17 @@ def test_there_and_back(theirs: Any, dtype: str, shard: str, tmp_path: Path) -> 
         first = read(tmp_path / "theirs", attn_implementation="eager")(tokens).logits
         assert torch.equal(again(tokens).logits, first)
     assert load(ours)[0] == config
+
+
+def test_the_whole_way(theirs: Any, tmp_path: Path) -> None:
+    """A model that is loaded from transformers' folder computes what transformers does, and so does what it saves."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = loading.load(tmp_path / "theirs", ops=reference)
+    tokens = np.random.default_rng(0).integers(V, size=(2, 19), dtype=np.int32)
+    loading.save(model, tmp_path / "ours")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager")
+    with torch.no_grad():
+        expected = again.double()(torch.from_numpy(tokens).long()).logits.numpy()
+    assert np.abs(model.logits(tokens) - expected).max() < 1e-5 * np.abs(expected).max()
+    assert all(torch.equal(again.state_dict()[name], tensor.double()) for name, tensor in theirs.state_dict().items())
