@@ -174,7 +174,7 @@ def parse_json(path: str, field: str, text: bytes) -> dict[str, Any]:
 
 
 def positive(path: str, field: str, value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 1 << 53:  # more is no size of anything
         raise FileFormatError(path, field, f"must be a positive integer, is {value!r}")
     return value
 

@@ -12,8 +12,8 @@ in FOREIGN: numbers of models that call themselves the same and compute somethin
 from __future__ import annotations
 
 import json
-import math
 import os
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -166,7 +166,7 @@ class _Reader:
         value = self.fields.get(field, default)
         if value is None and field not in self.fields:
             raise self.wrong(field, "is missing")
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
             raise self.wrong(field, f"must be a positive number, is {value!r}")
         return float(value)
 

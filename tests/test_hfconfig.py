@@ -95,7 +95,7 @@ def test_a_missing_field_has_their_default(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", CLASSES)
 def test_numbers_that_must_be_there(kind: str, tmp_path: Path) -> None:
     for field in GPT2 if kind == "gpt2" else SMALL:
-        for value in (..., None, 0, -1, 2.0, "2", True):
+        for value in (..., None, 0, -1, 2.0, "2", True, 10**400):
             with pytest.raises(FileFormatError, match=f"config.json: {field}: (is missing|must be)"):
                 read(tmp_path, fields(kind, **{field: value}))
 
@@ -119,6 +119,7 @@ def refused() -> list[tuple[str, str, Any, str]]:
             (kind, "rms_norm_eps", 0, "rms_norm_eps"), (kind, "rms_norm_eps", None, "rms_norm_eps"),
             (kind, "num_key_value_heads", 3, "num_attention_heads"), (kind, "head_dim", 3, "head_size"),
             (kind, "rope_theta", "10000", "rope_theta"), (kind, "rope_theta", -1.0, "rope_theta"),
+            (kind, "rope_theta", 10**400, "rope_theta"), (kind, "rope_theta", float("nan"), "rope_theta"),
             (kind, "rope_scaling", {"type": "linear", "factor": 2.0}, "rope_scaling"),
             (kind, "rope_scaling", {"rope_type": "dynamic", "factor": 2.0}, "rope_scaling"),
             (kind, "rope_scaling", {"rope_type": "yarn", "factor": 2.0}, "rope_scaling"),
