@@ -423,7 +423,7 @@ def _sample(args: argparse.Namespace) -> int:
     prompts = args.prompt or [""]
     bos = [tokenizer.special.bos] if tokenizer.add_bos else []
     ids = [[*bos, *tokenizer.encode(prompt)] for prompt in prompts]
-    settings = replace(settings, stop_ids=tokenizer.special.eos or (sampling.end_of_text(model),))
+    settings = replace(settings, stop_ids=tokenizer.special.eos)
     speed = sampling.Speed()
     pieces = sampling.write(model, ids, settings, tokenizer, speed=speed)
     display.write_stream(sys.stdout, display.in_order(prompts, pieces))

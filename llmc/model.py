@@ -184,16 +184,17 @@ class _Calls:
     """In place of a backend: notes the ops that are called on it, and calls none."""
 
     def __init__(self, ops: Ops) -> None:
-        self._ops, self.noted = ops, []  # type: ignore[var-annotated]
+        self._ops = ops
+        self.noted: list[Callable[[], None]] = []
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         op = getattr(self._ops, name)
         return lambda *args: self.noted.append(partial(op, *args))
 
-    def __call__(self) -> None:
-        """Call what was noted."""
-        for call in self.noted:
-            call()
+
+def _step_of_decoding(calls: list[Callable[[], None]]) -> None:
+    for call in calls:
+        call()
 
 
 class _Step(NamedTuple):
@@ -538,7 +539,7 @@ class Model:
             if model is not None and model._step is not None and model._step.cache is dead:
                 model._step = None
 
-        self._step = _Step(weakref.ref(cache, forget), real.record(calls))
+        self._step = _Step(weakref.ref(cache, forget), real.record(partial(_step_of_decoding, calls.noted)))
         return self._step.run
 
     def decode_nbytes(self, positions: Array) -> int:

@@ -362,6 +362,26 @@ def test_end_of_text(model: GPT2) -> None:
     assert sampling.end_of_text(model) == 49
 
 
+def test_a_vocabulary_without_an_end_of_text(model: GPT2) -> None:
+    """What needs none does without: a prompt with tokens, and windows that are full."""
+
+    class Endless:
+        @property
+        def eot(self) -> int:
+            raise ConfigError("tokenizer", "names no token that ends a text")
+
+    prompt = [3, 1, 4, 1]
+    expected = generate(model, prompt, 20, temperature=0)
+    assert EOT not in expected, "else windows would differ"
+    model.tokenizer = Endless()
+    try:
+        assert generate(model, prompt, 20, temperature=0) == expected
+        with pytest.raises(ConfigError, match="names no token"):
+            generate(model, [], 20)
+    finally:
+        model.tokenizer = None
+
+
 # ---- a step that is recorded -----------------------------------------------------------------------
 
 
