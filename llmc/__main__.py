@@ -423,7 +423,7 @@ def _sample(args: argparse.Namespace) -> int:
     prompts = args.prompt or [""]
     bos = [tokenizer.special.bos] if tokenizer.add_bos else []
     ids = [[*bos, *tokenizer.encode(prompt)] for prompt in prompts]
-    settings = replace(settings, stop_ids=tokenizer.special.eos or (sampling.end_of_text(model),))
+    settings = replace(settings, stop_ids=tokenizer.special.eos)
     speed = sampling.Speed()
     pieces = sampling.write(model, ids, settings, tokenizer, speed=speed)
     display.write_stream(sys.stdout, display.in_order(prompts, pieces))
@@ -479,8 +479,7 @@ def _chat(args: argparse.Namespace) -> int:
         if line == "/reset":
             talk.reset()
         elif line:
-            _answer(args, talk, line, terminal)
-            _show_speed(args, model.ops, talk.speed)
+            _answer(args, talk, model.ops, line)
     return 0
 
 
@@ -504,8 +503,9 @@ def _lines(terminal: bool) -> Iterator[str]:
             print()
 
 
-def _answer(args: argparse.Namespace, talk: Chat, line: str, terminal: bool) -> None:
+def _answer(args: argparse.Namespace, talk: Chat, ops: Any, line: str) -> None:
     """Show the answer to a line.  At a terminal Ctrl-C ends it, and an error the talk does not."""
+    terminal = sys.stdin.isatty()
     try:
         pieces = talk.answer(line)
         if talk.dropped:
@@ -513,6 +513,7 @@ def _answer(args: argparse.Namespace, talk: Chat, line: str, terminal: bool) -> 
             print(f"llmc: the conversation is too long: its oldest {turns} forgotten", file=sys.stderr)
         with contextlib.closing(pieces):
             display.write_stream(sys.stdout, pieces)
+        _show_speed(args, ops, talk.speed)
     except KeyboardInterrupt:
         if not terminal:
             raise

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from llmc import checkpoint, loading
-from llmc.checkpoint import PathLike
+from llmc import checkpoint, files, hfconfig, loading, safetensors_folder
 from llmc.errors import ConfigError
+from llmc.files import PathLike
 from llmc.ops import Ops
 
-KEEPS_OUT = (checkpoint.CONFIG_FILE, checkpoint.WEIGHTS_FILE, checkpoint.INDEX_FILE)
+KEEPS_OUT = (hfconfig.CONFIG_FILE, safetensors_folder.WEIGHTS_FILE, safetensors_folder.INDEX_FILE)
 
 
 def convert(
@@ -41,7 +41,7 @@ def convert(
                 raise ConfigError("destination", f"{path} exists; it is replaced only when forced")
     model = loading.load(source, seed=seed, ops=ops)
     if to_file:
-        checkpoint.make_folder(target.parent)
+        files.make_folder(target.parent)
         loading.save_bin(model, target, version)
     else:
         loading.save(model, target)

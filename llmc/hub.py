@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llmc.errors import ConfigError, DownloadError, MissingDependencyError
+from llmc.tokenizer_config import COMPANIONS
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 TIMEOUT = 10  # seconds for the hub's first answer
@@ -22,7 +23,6 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
 
 
 class _Absent(DownloadError):
@@ -64,7 +64,7 @@ def fetch(
             raise error from None
         for shard in _shards(name, index):
             get(shard, commit)
-    for file in TOKENIZER_FILES:  # llmc does without; other programs that read the folder may not
+    for file in COMPANIONS:
         try:
             get(file, commit)
         except _Absent:

@@ -12,12 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from llmc import checkpoint, gemma, gpt2, hub, llama
+from llmc import checkpoint, files, gemma, gpt2, hfconfig, hub, llama, safetensors_folder
 from llmc import ops as contract
 from llmc import tokenizer as tokenizers
 from llmc.arena import Row
-from llmc.checkpoint import Dimensions, PathLike
+from llmc.checkpoint import Dimensions
 from llmc.errors import ConfigError, DownloadError, FileFormatError, MissingDependencyError
+from llmc.files import PathLike
 from llmc.model import Config, Model
 from llmc.ops import Ops
 
@@ -104,7 +105,7 @@ def read_config(source: PathLike) -> Config:
         return preset(name)
     path = locate(name, weights=False)
     if path.is_dir():
-        return config_of(checkpoint.read_folder_config(path)[0])
+        return hfconfig.read(path)[0]
     return config_of(_read_header(path))
 
 
@@ -148,18 +149,19 @@ def _from_file(path: Path, ops: Ops, masters: bool, narrow: bool) -> Model:
 
 
 def _from_folder(folder: Path, ops: Ops, masters: bool, narrow: bool) -> Model:
-    dimensions, name = checkpoint.read_folder_config(folder)
-    V = dimensions.vocab_size
-    checkpoint.check_folder(folder, rows_for(dimensions), V)  # before a wrong config.json allocates terabytes
+    config, ids = hfconfig.read(folder)
+    V = config.vocab_size
+    safetensors_folder.check(folder, config.parameter_rows(), V)  # before a wrong config.json allocates terabytes
+    name = ids.get(hfconfig.TOKENIZER_FIELD)
     source = _tokenizer_in(folder, name) or TOKENIZERS.get(V)
     sizes = {known: size for size, known in TOKENIZERS.items()}
     file = tokenizers.load(source) if source is not None and source not in sizes else None
     size = sizes.get(source or "", 0) if file is None else file.vocab_size
     if size > V:
         detail = f"{name!r} has {size} entries, the model {V}"
-        raise FileFormatError(folder / checkpoint.CONFIG_FILE, checkpoint.TOKENIZER_FIELD, detail)
-    model = config_of(dimensions).build(ops, masters=masters, narrow=narrow)
-    checkpoint.read_folder(folder, model.params, V)
+        raise FileFormatError(folder / hfconfig.CONFIG_FILE, hfconfig.TOKENIZER_FIELD, detail)
+    model = config.build(ops, masters=masters, narrow=narrow)
+    safetensors_folder.read(folder, model.params, V)
     if file is None:
         _promise_tokenizer(model, source)
     else:
@@ -206,7 +208,7 @@ def _tokenizer_in(folder: Path, name: str | None) -> str | None:
         return name or None
     if os.path.basename(name) != name or not (folder / name).is_file():
         detail = f"{name!r} is neither {', '.join(TOKENIZERS.values())} nor a file in this folder"
-        raise FileFormatError(folder / checkpoint.CONFIG_FILE, checkpoint.TOKENIZER_FIELD, detail)
+        raise FileFormatError(folder / hfconfig.CONFIG_FILE, hfconfig.TOKENIZER_FIELD, detail)
     return str(folder / name)
 
 
@@ -235,16 +237,20 @@ def save(model: Model, folder: PathLike, tokenizer_name: str | None = None) -> N
     """
     name = tokenizer_name or getattr(model.tokenizer, "name", None)
     known = None if name is None or name in TOKENIZERS.values() else tokenizers.load(name)
-    checkpoint.make_folder(folder)
+    files.make_folder(folder)
     if known is not None:
         name = TOKENIZER_FILE
         tokenizers.write_tokenizer_file(os.path.join(folder, name), known.tokens(), known.eot)  # type: ignore[attr-defined]
     eot = {"bytes": 256, "gpt2": 50256}.get(name or "", None if known is None else known.eot)
     V = model.config.vocab_size
-    checkpoint.write_folder_weights(folder, model.params, V)
-    checkpoint.write_folder_config(folder, dimensions_of(model.config), tokenizer=name, eot=eot)
+    safetensors_folder.write(folder, model.params, V)
+    ids = {"bos_token_id": eot, "eos_token_id": eot, hfconfig.TOKENIZER_FIELD: name}
+    hfconfig.write(folder, model.config, ids)
 
 
 def save_bin(model: Model, path: PathLike, version: int = 3) -> None:
-    """Write `model` as llm.c's model file: version 1 (fp32, unpadded), 3 (fp32) or 5 (bf16)."""
+    """Write `model` as llm.c's model file: version 1 (fp32, unpadded), 3 (fp32) or 5 (bf16).  ConfigError for a model
+    that is no GPT-2."""
+    if not isinstance(model.config, gpt2.Config):
+        raise ConfigError("destination", f"{os.fspath(path)}: llm.c's files hold a GPT-2 alone; name a folder")
     checkpoint.write_model(path, version, dimensions_of(model.config), model.params)

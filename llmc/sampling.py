@@ -146,7 +146,8 @@ def longest(config: Config, max_new_tokens: int) -> int:
 
 
 def end_of_text(model: Model) -> int:
-    """The token that separates texts: the tokenizer's, else the vocabulary's last, as in GPT-2's."""
+    """The token that separates texts: the tokenizer's, else the vocabulary's last, as in GPT-2's.  ConfigError for a
+    tokenizer that has none."""
     return model.config.vocab_size - 1 if model.tokenizer is None else int(model.tokenizer.eot)
 
 
@@ -161,8 +162,8 @@ class _Sequence:
     ) -> None:
         V = model.config.vocab_size
         self.index, self.sampling = index, sampling
-        self.eot = end_of_text(model)
-        self.history = [int(token) for token in prompt] or [self.eot]
+        self.eot = _text_start(model)
+        self.history = [int(token) for token in prompt] or [end_of_text(model)]
         for place, token in enumerate(self.history):
             if not 0 <= token < V:
                 raise ConfigError("token_ids", f"{token} at position {place} is outside the vocabulary of {V}")
@@ -287,7 +288,15 @@ def _drop_ended(model: Model, live: list[_Sequence], cache: Cache) -> None:
             live[row] = last
 
 
-def _fresh_window(recent: list[int], eot: int) -> list[int]:
+def _text_start(model: Model) -> int | None:
+    """`end_of_text`, None where the vocabulary has no such token."""
+    try:
+        return end_of_text(model)
+    except ConfigError:
+        return None
+
+
+def _fresh_window(recent: list[int], eot: int | None) -> list[int]:
     """What to read in when the window is full: a text from its beginning is better than from its middle."""
     for place in range(len(recent) - 1, 0, -1):
         if recent[place] == eot:

@@ -70,7 +70,7 @@ class Tokenizer(Protocol):
 
     @property
     def breaks(self) -> str:
-        """The white space in front of which a text may be cut, where anything else stands before it, so that the
+        """The white space in front of which a text may be cut, where no white space stands before it, so that the
         tokens of the parts (`encode_batch`, continued) are those of the whole; "" if nowhere."""
 
     def encode(self, text: str) -> list[int]:

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmc import checkpoint, loading
-from llmc.arena import Array, Row
-from llmc.checkpoint import PathLike
+from llmc import checkpoint, files, loading
+from llmc.arena import PADDED, Array, Row
 from llmc.data import Shards
 from llmc.errors import ConfigError, MissingDependencyError
+from llmc.files import PathLike
 from llmc.gpt2 import LAYERNORM_EPS, Config
 from llmc.ops import Ops
 from llmc.verify import DECAY_ON, Recipe, decaying, write_recipe
@@ -57,7 +57,7 @@ def parameters(
         raise ConfigError("dtype", f"{dtype!r} is unknown; choose from {', '.join(DTYPES)}")
     made = {}
     for row, array in tensors:
-        values = array[: config.vocab_size] if row.name == checkpoint.PADDED else array
+        values = array[: config.vocab_size] if row.name in PADDED else array
         made[row.name] = torch.tensor(values, dtype=getattr(torch, dtype)).requires_grad_()
     return made
 
@@ -248,7 +248,7 @@ def run(
     )  # fmt: skip
 
     written = Written(target, debug, debug.with_suffix(".json"), result.losses)
-    checkpoint.make_folder(folder)
+    files.make_folder(folder)
     loading.save_bin(model, written.model, version)
     checkpoint.write_debug_state(
         written.debug_state, checkpoint.DEBUG_VERSIONS[version], x, y, result.logits, result.losses[0],

@@ -38,11 +38,11 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from llmc import checkpoint, loading
+from llmc import checkpoint, files, loading
 from llmc.adamw import AdamW
 from llmc.arena import Array, Row
-from llmc.checkpoint import PathLike
 from llmc.errors import ConfigError, FileFormatError
+from llmc.files import PathLike
 from llmc.gpt2 import PRESETS
 from llmc.model import Model
 from llmc.ops import Ops
@@ -102,7 +102,7 @@ LLMC_124M = Recipe(
 
 def write_recipe(path: PathLike, recipe: Recipe, **extra: Any) -> None:
     """Write `recipe` as JSON, and `extra` facts that `read_recipe` ignores."""
-    with checkpoint.atomic_write(path) as file:
+    with files.atomic_write(path) as file:
         file.write(json_module.dumps(asdict(recipe) | extra, indent=2).encode() + b"\n")
 
 

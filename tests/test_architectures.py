@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import reference
 from architectures import ARCHITECTURES, STEPS, V, backward, batch, build, furthest, optimizer_for, train, worst
+from judge import names as hf_names
 from judge import norm_ratio, torch
 
 from llmc import lora
@@ -39,6 +40,16 @@ def test_reference_is_transformers(name: str) -> None:
     assert max(off.values()) < 1e-12, off
     losses = train(build(name, reference, dtype="float64"), STEPS, x, y)
     np.testing.assert_allclose(losses, architectures.their_losses(name, exact=True), rtol=1e-12)
+
+
+@names
+def test_every_tensor_is_named_once(name: str) -> None:
+    """Rows have the parameters of transformers, each in one place, of the same number of elements."""
+    config = ARCHITECTURES[name].ours
+    ours = [tensor for row in config.parameter_rows() for parts in hf_names(row) for tensor in parts]
+    theirs = dict(architectures.theirs(name).named_parameters())
+    assert sorted(ours) == sorted(theirs)
+    assert config.num_parameters == sum(tensor.numel() for tensor in theirs.values())
 
 
 @names
@@ -214,7 +225,7 @@ def test_padding_stays_zero(cpu: ModuleType, name: str) -> None:
     model = ARCHITECTURES[name].ours.build(cpu)
     model.initialise(seed=3)
     x, y = batch()
-    assert abs(model.loss(x, y) - np.log(V)) < 0.05, "a new model guesses"
+    assert abs(model.loss(x, y) - np.log(V)) < 0.1, "a new model guesses"
     before = model.loss(x, y)
     assert train(model, 3, x, y)[-1] < before
     assert model.grads is not None

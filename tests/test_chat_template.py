@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llmc import chat_template
+from llmc import chat_template, tokenizer
 from llmc.errors import ConfigError, FileFormatError, MissingDependencyError
 
 pytest.importorskip("jinja2")
@@ -86,6 +86,28 @@ def test_the_text_is_that_of_transformers(tmp_path: Path, kind: str, prompt: boo
     )
     assert template.render(TALK, add_generation_prompt=prompt, tools=tools, **variables) == expected
     assert "Was ist <b>\"1 & 1\"</b>? 日本" in expected and "{{ not a template }} {% nor this %}" in expected
+
+
+def test_a_folder_that_transformers_saved(tmp_path: Path) -> None:
+    """Text and ids of a conversation, by both; the special tokens' roles are read from what it wrote."""
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    bare = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bare.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bare.decoder = tokenizers.decoders.ByteLevel()
+    names = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(special_tokens=names, initial_alphabet=alphabet, show_progress=False)
+    bare.train_from_iterator(["Be brief. What is one and one? Two."], trainer)
+    other = transformers.PreTrainedTokenizerFast(tokenizer_object=bare, bos_token="<s>", eos_token="<|im_end|>")
+    other.chat_template = CHATML
+    other.save_pretrained(tmp_path)
+    ours, template = tokenizer.load(tmp_path), chat_template.load(tmp_path)
+    assert template is not None
+    ids = ours.encode_special(template.render(TALK, add_generation_prompt=True))
+    assert ids == other.apply_chat_template(TALK, add_generation_prompt=True, tokenize=True, return_dict=False)
+    assert ids[0] == 2 and ids.count(2) == len(TALK) + 2 and ids.count(3) == len(TALK) + 1
+    assert (ours.special, ours.add_bos) == ((0, (3,)), False)
+    assert ours.decode(ids) == other.decode(ids, clean_up_tokenization_spaces=False)
 
 
 def test_the_day_is_today_s(tmp_path: Path) -> None:

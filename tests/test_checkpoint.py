@@ -22,11 +22,11 @@ import reference
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llmc import checkpoint
+from llmc import checkpoint, files
 from llmc.arena import Arena, Array, Row
 from llmc.checkpoint import Dimensions
 from llmc.errors import ConfigError, FileFormatError
-from llmc.gpt2 import Config, parameter_rows
+from llmc.gpt2 import Config
 
 DIMS = Dimensions(max_seq_len=6, vocab_size=130, num_layers=2, num_heads=2, channels=8)
 ORDER = (
@@ -38,7 +38,7 @@ VERSIONS = (1, 3, 5)
 
 def rows_for(dims: Dimensions, dtype: str = "float32") -> list[Row]:
     config = Config(dims.max_seq_len, dims.vocab_size, dims.num_layers, dims.num_heads, dims.channels)
-    return parameter_rows(config, dtype)
+    return config.parameter_rows(dtype)
 
 
 def make_arena(seed: int = 0, dims: Dimensions = DIMS, dtype: str = "float32") -> Arena:
@@ -59,34 +59,10 @@ def test_slices(version: int, slice_bytes: int, tmp_path: Path, monkeypatch: pyt
     checkpoint.write_model(tmp_path / "model.bin", version, DIMS, written)
     whole = make_arena(2)
     checkpoint.read_model(tmp_path / "model.bin", DIMS, whole)
-    monkeypatch.setattr(checkpoint, "SLICE", slice_bytes)
-    monkeypatch.setattr(checkpoint, "READERS", 3)
+    monkeypatch.setattr(files, "SLICE", slice_bytes)
+    monkeypatch.setattr(files, "READERS", 3)
     checkpoint.read_model(tmp_path / "model.bin", DIMS, found)
     assert found.flat.tobytes() == whole.flat.tobytes()
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the CPUs of a process cannot be chosen here")
-def test_no_more_readers_than_cpus() -> None:
-    """CPUs that this process may use, however many the machine has."""
-    program = (
-        "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
-        "from llmc import checkpoint; print(checkpoint.READERS)"
-    )
-    assert subprocess.check_output([sys.executable, "-c", program], text=True) == "1\n"
-
-
-@pytest.mark.parametrize("missing", [1, 500, 3000])
-@pytest.mark.parametrize("slice_bytes", [100, 4096, 1 << 20])
-def test_a_file_that_ends_while_it_is_read(
-    slice_bytes: int, missing: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its size was right when it was opened; whichever thread finds the end, it is one error that names the tensor."""
-    (tmp_path / "file").write_bytes(bytes(4000))
-    monkeypatch.setattr(checkpoint, "SLICE", slice_bytes)
-    with checkpoint._File(tmp_path / "file") as file:
-        os.truncate(tmp_path / "file", 4000 - missing)
-        with pytest.raises(FileFormatError, match="wte.*bytes too early"):
-            file.fill("wte", 0, np.empty(1000, np.float32), np.dtype(np.float32))
 
 
 def shapes(dims: Dimensions) -> dict[str, tuple[int, ...]]:
@@ -191,7 +167,7 @@ def test_bf16_rounds_to_nearest_even(tmp_path: Path) -> None:
 def test_conversion_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arena = make_arena(3)
     whole = model_bytes(5, DIMS, as_dict(arena))
-    monkeypatch.setattr(checkpoint, "CHUNK", 7)
+    monkeypatch.setattr(files, "CHUNK", 7)
     path = tmp_path / "model.bin"
     checkpoint.write_model(path, 5, DIMS, arena)
     assert path.read_bytes() == whole
@@ -288,7 +264,7 @@ def test_file_that_changes_its_dimensions(tmp_path: Path) -> None:
 def test_file_that_shrinks_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "model.bin"
     checkpoint.write_model(path, 3, DIMS, make_arena())
-    monkeypatch.setattr(checkpoint, "_check_size", lambda file, expected: os.truncate(path, 2000))
+    monkeypatch.setattr(checkpoint, "check_size", lambda file, expected: os.truncate(path, 2000))
     with pytest.raises(FileFormatError, match="wte: the file ends"):
         checkpoint.read_model(path, DIMS, make_arena())
 
@@ -323,7 +299,7 @@ def test_large_model_needs_no_second_copy(tmp_path: Path) -> None:
 import resource, sys
 sys.path[:0] = {[str(Path(checkpoint.__file__).parent.parent), str(Path(__file__).parent)]!r}
 import numpy as np
-from llmc import checkpoint
+from llmc import checkpoint, files
 from llmc.arena import Arena
 from test_checkpoint import rows_for
 import reference
@@ -499,7 +475,7 @@ def test_unwritable_places(tmp_path: Path) -> None:
                 write()
     assert list((tmp_path / "folder").iterdir()) == []
     with pytest.raises(ConfigError, match="cannot write"):
-        checkpoint.make_folder(tmp_path / "file" / "folder")
+        files.make_folder(tmp_path / "file" / "folder")
 
 
 def test_a_special_file_is_not_replaced(tmp_path: Path) -> None:

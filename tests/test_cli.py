@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 import reference
 
-from llmc import __main__, display, loading, memory, recipes, training
+from llmc import __main__, display, loading, memory, recipes, sampling, training
 from llmc.__main__ import main
 from llmc.arena import table_nbytes
 from llmc.data import write_shard
-from llmc.gpt2 import Config, parameter_rows
+from llmc.gpt2 import Config
 from llmc.training import TrainConfig
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
@@ -231,6 +231,113 @@ def test_a_run_that_is_not_saved_says_so(on_numpy: Path, capsys: pytest.CaptureF
     assert status == 0 and "not saved" in out and list(on_numpy.iterdir()) == []
 
 
+def test_several_prompts(on_numpy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One after another, each as if it were alone; greedy, so that the place in the batch does not matter."""
+    words = "sample -e stories -n 5 --temperature 0 --stop never"
+    alone = [run(f"{words} -p {prompt}", capsys)[1].rstrip("\n") for prompt in ("abc", "d")]
+    status, out, err = run(f"{words} -p abc --prompt d", capsys)
+    assert (status, err) == (0, "")
+    assert out == f"--- 1 of 2 ---\n{alone[0]}\n\n--- 2 of 2 ---\n{alone[1]}\n"
+
+
+def test_what_is_chosen_from(on_numpy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every option arrives; one token to choose from is the greedy one."""
+    greedy = run("sample -e stories -n 9 --temperature 0", capsys)[1]
+    for option in ("--top-k 1", "--top-p 1e-9", "--min-p 1", "--temperature 1e-9"):
+        assert run(f"sample -e stories -n 9 {option}", capsys)[1] == greedy
+    assert run("sample -e stories -n 9", capsys)[1] != greedy
+    assert run("sample -e stories -n 40 --temperature 0 --repetition-penalty 99", capsys)[1] != greedy
+    first = greedy.strip("\n")[0]
+    assert run(f"sample -e stories -n 9 --temperature 0 --stop x --stop '{first}'", capsys)[1] == "\n"
+
+
+def test_speed(on_numpy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run("sample -e stories -n 5 -p ab --stats", capsys)
+    assert status == 0 and out.startswith("ab")
+    assert re.fullmatch(r"prompt 3 tokens in \d+\.\d\d s; 5 tokens, \d+\.\d tokens/s, \d+\.\d GB/s\n", err)
+    speed = sampling.Speed(12, 0.049, 64, 63, 63 / 92.1, round(23e9 * 63 / 92.1))
+    told = "prompt 12 tokens in 0.05 s; 64 tokens, 92.1 tokens/s, 23.0 GB/s of 33.5 (69 %)"
+    assert display.speed_line(speed, 33.5e9) == told
+    assert display.speed_line(sampling.Speed(1, 0.1, 1), 1e9) == "prompt 1 token in 0.10 s; 1 token"
+
+
+def test_bf16_on_a_cpu_keeps_the_matrices_in_bf16(cpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    load = loading.load
+    monkeypatch.setattr(loading, "load", lambda *a, **k: seen.append(load(*a, **k)) or seen[-1])
+    for words in ("sample -e tiny -n 1", "sample -e tiny -n 1 --dtype bf16"):
+        assert main([*shlex.split(words), "--threads", "1"]) == 0
+    assert [model.weights.wte.dtype.name for model in seen] == ["float32", "bfloat16"]
+
+
+# ---- chat ------------------------------------------------------------------------------------------
+
+
+def test_chat_through_a_pipe(
+    on_numpy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A message a line; the same after a reset has the same answer if nothing is random; /exit leaves the rest."""
+    monkeypatch.setitem(loading.PRESETS, "stories", Config(200, 257, 1, 1, 8))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n\n  /reset \nhi\nagain\n/exit\nnever\n"))
+    status, out, err = run("chat -e stories -n 9 --temperature 0 --system kind --length 100", capsys)
+    assert status == 0
+    answers = out.encode().split(b"\n")
+    assert len(answers) == 4 and answers[0] == answers[1] != b""
+    assert err == "llmc: the conversation is too long: its oldest turn was forgotten\n" * err.count("\n")
+
+
+def test_a_long_chat_says_what_it_forgets(
+    on_numpy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(loading.PRESETS, "stories", Config(200, 257, 1, 1, 8))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{'a' * 30}\n{'b' * 30}\n{'c' * 100}\n"))
+    status, out, err = run("chat -e stories -n 9 --temperature 0 --length 90", capsys)
+    forgotten, error = err.splitlines()
+    assert status == 1 and forgotten == "llmc: the conversation is too long: its oldest turn was forgotten"
+    assert error.startswith("llmc: error: message: with 118 tokens it does not fit into a conversation of 90")
+
+
+class Keyboard(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_chat_at_a_terminal(
+    on_numpy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C takes a line back or ends an answer, an error ends nothing, Ctrl-D does."""
+    from llmc.chat import Chat
+
+    said: list[str] = []
+
+    def answer(self: Chat, text: str) -> Iterator[str]:
+        if text == "long":
+            raise training.ConfigError("message", "too long")
+        said.append(text)
+        return pieces()
+
+    def pieces() -> Iterator[str]:
+        yield "so"
+        os.kill(os.getpid(), signal.SIGINT)
+        yield " not shown"
+
+    lines: list[str | type[BaseException]] = ["one", KeyboardInterrupt, "long", "two", EOFError]
+
+    def typed(prompt: str) -> str:
+        line = lines.pop(0)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    monkeypatch.setattr(Chat, "answer", answer)
+    monkeypatch.setattr("builtins.input", typed)
+    monkeypatch.setattr(sys, "stdin", Keyboard())
+    status, out, err = run("chat -e stories", capsys)
+    assert (status, said, lines) == (0, ["one", "two"], [])
+    assert out == "so\n\nso\n\n" and "not shown" not in out
+    assert err.splitlines()[1:] == ["llmc: error: message: too long"] and "no chat template" in err
+
+
 def test_sample_without_a_model(on_numpy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, _, err = run("sample", capsys)
     assert status == 1 and err.startswith("llmc: error: model: runs/stories is not there; `llmc train` makes it")
@@ -261,7 +368,7 @@ def test_dry_run(on_numpy: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     names = list(sizes)
     assert names[:4] == ["parameters", "gradients", "AdamW m", "AdamW v"]
     assert names[-4:] == ["total", "machine", "control group", "available now"]
-    assert sizes["parameters"] == table_nbytes(parameter_rows(Config(16, 257, 1, 1, 8)))
+    assert sizes["parameters"] == table_nbytes(Config(16, 257, 1, 1, 8).parameter_rows())
     assert sum(sizes[name] for name in names[:-4]) == sizes["total"]
     assert [sizes[name] for name in names[-3:]] == [1 << 30, 1 << 29, 1 << 28]
     assert all(mib.replace(",", "") == f"{sizes[name] / 2**20:.1f}" for name, _, mib in rows)
@@ -301,6 +408,9 @@ def test_errors_are_one_line(on_numpy: Path, capsys: pytest.CaptureFixture[str])
         ("train --recompute 1", "recompute: '1' is unknown; choose from none, gelu, gelu+norm, block"),
         ("train --schedule x", "schedule: 'x' is unknown; choose from constant, cosine, linear, wsd"),
         ("sample -e stories --temperature -1", "temperature: must be a number from 0 up"),
+        ("sample -e stories --top-p 2", "top_p: must be above 0 and at most 1, got 2.0"),
+        ("sample -e stories --stop ''", "stop: an empty string would end every text"),
+        ("chat -e stories --length 17", "length: must be from 2 to the model's 16, got 17"),
         ("data text", "file: which text?"),
         ("data tinyshakespeare x.txt", "file: 'x.txt' is one too many"),
         ("data text none.txt --tokenizer bytes", "source: cannot read none.txt: No such file or directory"),
@@ -470,6 +580,17 @@ def test_control_characters_are_shown_and_not_obeyed() -> None:
         display.write_stream(stream, ["\x1b", "x"])
     assert terminal.getvalue() == "\\x1bx\n"
     assert file.getvalue() == "\x1bx\n"
+
+
+def test_texts_written_together_are_shown_in_order() -> None:
+    """The second's pieces wait until the first is done; then it goes on as they come."""
+    given = [(1, 7, "x"), (0, 7, "a"), (2, 7, "!"), (2, None, "?"), (0, None, "b"), (1, 7, "y"), (1, None, "")]
+    pieces = iter([sampling.Piece(*piece) for piece in given])
+    shown = display.in_order(["A", "X", "Z"], pieces)
+    found = [next(shown) for _ in range(4)]
+    assert found == ["--- 1 of 3 ---\nA", "a", "b", "\n\n--- 2 of 3 ---\nXx"]
+    assert list(shown) == ["y", "", "\n\n--- 3 of 3 ---\nZ!?"]
+    assert list(display.in_order(["A"], iter([sampling.Piece(0, 7, "a"), sampling.Piece(0, None, "")]))) == [*"Aa", ""]
 
 
 @pytest.mark.parametrize(("seconds", "shown"), [(4.2, "0:04"), (65, "1:05"), (3725, "1:02:05"), (-1, "0:00")])

@@ -29,12 +29,13 @@ PACKAGE = ROOT / "llmc"
 
 FLOORS = {
     "__main__": 5, "display": 5, "results": 5,
-    "training": 4, "sampling": 4, "evaluation": 4, "loading": 4, "verify": 4, "convert": 4, "datasets": 4,
+    "training": 4, "sampling": 4, "chat": 4, "evaluation": 4, "loading": 4, "verify": 4, "convert": 4, "datasets": 4,
     "torch_reference": 4, "profiling": 4, "benchmark": 4, "cases": 4, "machine": 4,
-    "memory": 4,
+    "memory": 4, "hfconfig": 4,
     "gpt2": 3, "adamw": 3, "schedule": 3, "data": 3, "stories": 3, "tokenizer": 3, "checkpoint": 3,
-    "hub": 3, "download": 3, "recipes": 3, "costs": 3,
-    "arena": 2, "ops": 2,
+    "safetensors_folder": 3,
+    "hub": 3, "download": 3, "recipes": 3, "costs": 3, "choice": 3,
+    "arena": 2, "ops": 2, "files": 2, "tokenizer_config": 2,
     "_cpu": 1, "_cuda": 1,
     "errors": 0,
 }

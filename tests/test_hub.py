@@ -93,6 +93,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, byte
     noise = {
         "README.md": b"#", "pytorch_model.bin": b"\x80pickle", "tf_model.h5": b"h5",
         "onnx/model.safetensors": b"x", "other.safetensors": b"x", "vocab.json": b"{}", "merges.txt": b"#",
+        "tokenizer.model": b"m", "chat_template.jinja": b"j", "generation_config.json": b"[]",
     }  # fmt: skip
     sharded = {"config.json": files["config.json"], "half-1.safetensors": files["model.safetensors"]}
     length = int.from_bytes(files["model.safetensors"][:8], "little")
@@ -136,10 +137,11 @@ def closed_port() -> str:
 
 def test_only_what_matters_is_fetched(server: Hub) -> None:
     folder = hub.fetch("owner/model")
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "config.json", "merges.txt", "model.safetensors", "vocab.json"
+    matters = [
+        "chat_template.jinja", "config.json", "generation_config.json", "merges.txt", "model.safetensors",
+        "tokenizer.model", "vocab.json",
     ]  # fmt: skip
-    assert server.fetched() == ["config.json", "merges.txt", "model.safetensors", "vocab.json"]
+    assert sorted(path.name for path in folder.iterdir()) == server.fetched() == matters
     assert (folder / "model.safetensors").read_bytes() == server.files["owner/model"]["model.safetensors"]
 
 

@@ -16,7 +16,7 @@ import reference
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llmc import checkpoint, gpt2, hub, loading, tokenizer
+from llmc import files, gpt2, hfconfig, hub, loading, tokenizer
 from llmc.arena import Array
 from llmc.errors import ConfigError, DownloadError, FileFormatError, LlmcError, MissingDependencyError
 from llmc.gpt2 import GPT2, Config
@@ -229,7 +229,7 @@ def test_untied_head_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     model = random_model()
     head = model.params.wte[: TINY.vocab_size].copy()
     head[-1, -1] += 1e-6  # the very last value: every chunk is compared
-    monkeypatch.setattr(checkpoint, "CHUNK", 1000)
+    monkeypatch.setattr(files, "CHUNK", 1000)
     tied = model.params.wte[: TINY.vocab_size]
     load(write_folder(tmp_path / "tied", hf_tensors(model) | {"lm_head.weight": tied}))
     folder = write_folder(tmp_path / "folder", hf_tensors(model) | {"lm_head.weight": head})
@@ -359,7 +359,7 @@ def test_config_fields_that_change_nothing(tmp_path: Path, same: dict[str, Any])
 
 
 def test_the_accepted_mathematics_is_the_models() -> None:
-    assert checkpoint.HF_MATHEMATICS["layer_norm_epsilon"] == (gpt2.LAYERNORM_EPS,)
+    assert hfconfig.MATHEMATICS["gpt2"]["layer_norm_epsilon"] == (gpt2.LAYERNORM_EPS,)
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000, b'{"model_type": "gpt2"'])

@@ -15,13 +15,14 @@ from typing import Any
 import pytest
 import reference
 
-from llmc import checkpoint, gpt2, hub, loading, memory, profiling, sampling, training
+from llmc import checkpoint, gpt2, hub, loading, memory, profiling, safetensors_folder, sampling, training
 from llmc.__main__ import main
 from llmc.arena import Arena, table_nbytes
 from llmc.data import Shards, write_shard
 from llmc.errors import ConfigError, FileFormatError
 from llmc.gpt2 import GPT2, Config
 from llmc.memory import Machine, Part, Plan
+from llmc.model import RECOMPUTE, Cache
 from llmc.stories import Stories
 from llmc.training import TrainConfig
 
@@ -65,7 +66,7 @@ print(json.dumps(found))
 """
 
 
-@pytest.mark.parametrize("recompute", gpt2.RECOMPUTE)
+@pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize(
     ("options", "profile"),
     [
@@ -97,12 +98,12 @@ def test_a_run_allocates_what_was_told(options: dict[str, Any], profile: str, re
 def test_the_parts_of_a_plan() -> None:
     """GPT-2 124M at B=4, T=1024: the figures of llm.c, and the split of the activations."""
     config = Config()
-    for recompute in gpt2.RECOMPUTE:
+    for recompute in RECOMPUTE:
         plan = memory.plan(config, reference, 4, 1024, recompute=recompute, data=10)
         parts = {part.name: part.nbytes for part in plan.parts}
         assert parts["parameters"] == parts["gradients"] == parts["AdamW m"] == parts["AdamW v"] == 497_903_616
         activations = [parts[name] for name in ("activations, kept", "activations, single", "backward scratch")]
-        rows = gpt2.activation_rows(config, 4, 1024, recompute=recompute)
+        rows = config.activation_rows(4, 1024, recompute=recompute)
         assert sum(activations) == table_nbytes(rows) and activations[2] == 4 * 4 * 1024 * 768
         assert plan.total == 4 * 497_903_616 + sum(activations) + 10 + parts["scalars"]
     assert activations[0] == 12 * 4 * 4 * 1024 * 768  # "block": each layer's input
@@ -117,17 +118,17 @@ def test_a_sample_that_needs_a_fresh_window_stays_within_what_was_told(cpu: Modu
         model.initialise(1)
         decode, read = model.decode, [0]
 
-        def noted(cache: Arena, tokens: Any, position: int, decode: Any = decode, read: list[int] = read) -> Any:
+        def noted(cache: Cache, tokens: Any, positions: Any, decode: Any = decode, read: list[int] = read) -> Any:
             read.append(tokens.shape[1])
-            return decode(cache, tokens, position)
+            return decode(cache, tokens, positions)
 
         model.decode = noted  # type: ignore[method-assign]
         sampling.generate(model, [], count)
         longest[count] = max(read)
         cache, scratch = sampling.nbytes(config, count)
-        assert model.new_cache(1).nbytes == cache
-        assert scratch == table_nbytes(gpt2.decode_rows(config, 1, 1 if count <= 16 else 15))
-    assert longest[1] == longest[16] == 1 < longest[17] <= longest[60] <= 15
+        assert model.new_cache(1, min(16, 1 + count)).nbytes == cache
+        assert scratch == table_nbytes(config.decode_rows(1, 1 if count <= 16 else 14))
+    assert longest[1] == longest[16] == 1 < longest[17] <= longest[60] <= 14
     assert len(sampling._fresh_window([1, 0, *[1] * 14], eot=0)) == 15
 
 
@@ -195,12 +196,12 @@ def test_the_backend_tells_its_workspace() -> None:
         "import sys; from llmc import _cpu; from llmc._cpu import workspace\n"
         "made = []; real = workspace.empty\n"
         "workspace.empty = lambda shape, dtype: (made.append(shape[0]), real(shape, dtype))[1]\n"
-        "for sizes in ((10, 3, 5, 7, 2), (4096, 3, 5, 7, 2), (10, 3, 1 << 36, 7, 2), (10, 10000, 5, 7, 2)):\n"
+        "for sizes in ((9, 3, 5, 7, 2, 8), (4096, 3, 5, 7, 2, 8), (9, 3, 1 << 36, 7, 2, 8), (9, 10000, 5, 7, 2, 8)):\n"
         "    told = _cpu.workspace_nbytes(*sizes); _cpu.reserve(*sizes)\n"
         "    assert made.pop() == told['shared'], (sizes, told)\n"
         "for threads in (3, 1):\n"
-        "    _cpu.configure(threads=threads); assert made.pop() == _cpu.workspace_nbytes(1, 1, 1, 1, 1)['threads']\n"
-        "assert not made; _cpu.reserve(10, 3, 5, 7, 2); assert not made\n"
+        "    _cpu.configure(threads=threads); assert made.pop() == _cpu.workspace_nbytes(1, 1, 1, 1, 1, 1)['threads']\n"
+        "assert not made; _cpu.reserve(9, 3, 5, 7, 2, 8); assert not made\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -213,9 +214,10 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: Any, **options: Any) -> None:
         pytest.fail("weights were read, or an arena was made")
 
-    for name in ("read_model", "read_folder", "check_folder"):
-        monkeypatch.setattr(checkpoint, name, fail)
-    monkeypatch.setattr(gpt2, "Arena", fail)
+    monkeypatch.setattr(checkpoint, "read_model", fail)
+    for name in ("read", "check"):
+        monkeypatch.setattr(safetensors_folder, name, fail)
+    monkeypatch.setattr("llmc.model.Arena", fail)
 
 
 SHAPE = Config(max_seq_len=32, vocab_size=300, num_layers=2, num_heads=2, channels=16)
@@ -245,7 +247,7 @@ def test_a_header_is_enough(
     monkeypatch.chdir(tmp_path)
     config = TrainConfig(init=sources[kind], train_data="tokens.bin", batch_size=2, sequence_length=16)
     parts = {part.name: part.nbytes for part in training.memory_plan(config).parts}
-    assert parts["parameters"] == table_nbytes(gpt2.parameter_rows(SHAPE))
+    assert parts["parameters"] == table_nbytes(SHAPE.parameter_rows())
     assert parts["data"] == 2 * 4 * (2 * 16 + 1)
 
 
@@ -340,7 +342,7 @@ def test_without_proc(tmp_path: Path) -> None:
 
 def linear(B: int, recompute: str) -> Plan:
     """100 bytes and, per sequence, 40, 30, 20 or 10."""
-    return Plan((Part("all", 100 + B * (40 - 10 * list(gpt2.RECOMPUTE).index(recompute))),))
+    return Plan((Part("all", 100 + B * (40 - 10 * list(RECOMPUTE).index(recompute))),))
 
 
 @pytest.mark.parametrize(
@@ -370,7 +372,7 @@ def test_what_would_fit(B: int, recompute: str, available: int, options: dict[st
 
 def test_a_run_that_does_not_fit_allocates_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And what its error says would fit, does."""
-    monkeypatch.setattr(gpt2, "Arena", lambda *a: pytest.fail("an arena was made"))
+    monkeypatch.setattr("llmc.model.Arena", lambda *a: pytest.fail("an arena was made"))
     config = TrainConfig(init="tiny", batch_size=6, sequence_length=64, total_batch=6 * 64, out=str(tmp_path / "out"))
     fits = replace(config, recompute="gelu+norm")
     available = training.memory_plan(fits).total
@@ -416,7 +418,7 @@ def test_the_trained_mode_is_the_one_asked_for(cpu: ModuleType) -> None:
     config = TrainConfig(init="tiny", steps=1, sequence_length=8, recompute="block", val_every=0)
     list(training.train(config, model))
     assert model.recompute == "block" and isinstance(model.acts, Arena)
-    assert model.acts.table == tuple(gpt2.activation_rows(model.config, 4, 8, recompute="block"))
+    assert model.acts.table == tuple(model.config.activation_rows(4, 8, recompute="block"))
 
 
 def test_recompute_is_checked() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -190,7 +192,8 @@ def test_bytes_of_a_step() -> None:
     small = gpt2.Config(8, V, 2, 2, C).build(reference, dtype="float64")
     layer = 12 * C * C + 13 * C
     assert small.decode_nbytes(np.array([5])) == 8 * (V * C + C + 2 * layer + 2 * C + 2 * 2 * 6 * C)
-    untied = llama.Config(8, V, 2, 4, C, num_kv_heads=2, head_size=8, hidden=F, window=3).build(reference, dtype="float64")
+    own_head = llama.Config(8, V, 2, 4, C, num_kv_heads=2, head_size=8, hidden=F, window=3)
+    untied = own_head.build(reference, dtype="float64")
     layer = 2 * C + (32 + 2 * 16) * C + C * 32 + 3 * F * C
     seen = (1 + 3) * 2 * 16  # positions 0 and 5: one token, and the window's three
     assert untied.decode_nbytes(np.array([0, 5])) == 8 * (V * C + 2 * C + 2 * layer + C + 2 * seen)
@@ -357,3 +360,70 @@ def test_a_text_from_its_beginning() -> None:
 
 def test_end_of_text(model: GPT2) -> None:
     assert sampling.end_of_text(model) == 49
+
+
+def test_a_vocabulary_without_an_end_of_text(model: GPT2) -> None:
+    """What needs none does without: a prompt with tokens, and windows that are full."""
+
+    class Endless:
+        @property
+        def eot(self) -> int:
+            raise ConfigError("tokenizer", "names no token that ends a text")
+
+    prompt = [3, 1, 4, 1]
+    expected = generate(model, prompt, 20, temperature=0)
+    assert EOT not in expected, "else windows would differ"
+    model.tokenizer = Endless()
+    try:
+        assert generate(model, prompt, 20, temperature=0) == expected
+        with pytest.raises(ConfigError, match="names no token"):
+            generate(model, [], 20)
+    finally:
+        model.tokenizer = None
+
+
+# ---- a step that is recorded -----------------------------------------------------------------------
+
+
+def test_a_step_goes_to_its_own_cache_and_backend(model: GPT2) -> None:
+    """Two caches in turn, then another backend: what was recorded for one is not used for another."""
+
+    def step(cache: Any, token: int, position: int) -> list[float]:
+        one = np.array([[token]], np.int32), np.array([position], np.int32)
+        return np.array(model.decode(cache, *one))[0].tolist()
+
+    expected = [step(model.new_cache(), token, 0) for token in (3, 9)]
+    caches = [model.new_cache(), model.new_cache()]
+    assert [step(cache, token, 0) for cache, token in zip(caches, (3, 9), strict=True)] == expected
+    after = [step(cache, 5, 1) for cache in caches]
+    assert after[0] != after[1] and [step(cache, 5, 1) for cache in caches] == after
+    called: list[None] = []
+
+    def head_logits(*args: Any) -> None:
+        called.append(reference.head_logits(*args))
+
+    model.ops = SimpleNamespace(**{**vars(reference), "head_logits": head_logits})  # type: ignore[assignment]
+    try:
+        assert [step(cache, 5, 1) for cache in reversed(caches)] == after[::-1] and len(called) == 2
+    finally:
+        model.ops = reference  # type: ignore[assignment]
+    assert step(caches[0], 5, 1) == after[0] and len(called) == 2
+
+
+def test_ops_are_looked_up_once(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes, decode_pass = [], model._decode_pass
+    monkeypatch.setattr(model, "_decode_pass", lambda s, cache: passes.append(s.tokens.shape) or decode_pass(s, cache))
+    generate(model, [3, 1], 6)
+    assert passes == [(1, 2), (1, 1)]
+    passes.clear()
+    list(write(model, [[3], [4], [5, 6]], Sampling(5)))
+    assert passes == [(1, 1), (1, 1), (1, 2), (3, 1)]
+
+
+def test_a_cache_goes_when_nobody_holds_it(model: GPT2) -> None:
+    cache = model.new_cache()
+    gone = weakref.ref(cache)
+    keys = weakref.ref(cache.layer(0).keys)
+    model.decode(cache, np.array([[1]], np.int32), np.array([0], np.int32))
+    del cache
+    assert gone() is None and keys() is None

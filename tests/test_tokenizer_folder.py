@@ -283,6 +283,33 @@ def test_ids_out_of_range(folders: dict[str, Path], kind: str, wrong: int | None
         t.decode([0, wrong])
 
 
+@pytest.mark.parametrize("kind", ["llama", "llama, not legacy", "gemma", "qwen"])
+def test_transformers_own_kinds(tmp_path: Path, kind: str) -> None:
+    """Files as its classes for the architectures write them."""
+    if int(transformers.__version__.split(".")[0]) < 5:
+        pytest.skip("these classes are made of a vocabulary from transformers 5 on")
+    pieces = ["\u2581", "a", "b", "\u2581a", "\u2581b", "ab", "\u2581\u2581"]
+    merges = [("\u2581", "a"), ("\u2581", "b"), ("a", "b"), ("\u2581", "\u2581")]
+    if kind == "qwen":
+        alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+        names, make = [*sorted(alphabet), "\u0120a", "<|endoftext|>"], transformers.Qwen2Tokenizer
+        merges, options = [("\u0120", "a")], {}
+    elif kind == "gemma":
+        names, make = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *BYTES, *pieces], transformers.GemmaTokenizer
+        options = {}
+    else:
+        names, make = ["<unk>", "<s>", "</s>", *BYTES, *pieces], transformers.LlamaTokenizer
+        options = {"legacy": kind == "llama"}
+    judge = make(vocab={name: n for n, name in enumerate(names)}, merges=merges, **options)
+    judge.save_pretrained(tmp_path)
+    t = tokenizer.load(tmp_path)
+    assert t.special == (judge.bos_token_id, (judge.eos_token_id,))
+    for text in [*TEXTS, f"{judge.eos_token}ab {judge.eos_token} a"]:
+        ids = t.encode_special(text)
+        assert ids == judge.encode(text, add_special_tokens=False)
+        assert t.decode(ids) == streamed(t, ids) == judge.decode(ids, clean_up_tokenization_spaces=False)
+
+
 # ---- special tokens --------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llmc import tokenizer_config
-from llmc._tokenizer.ids import END_OF_TEXT, Special, checked, require_unicode
+from llmc._tokenizer.ids import END_OF_TEXT, Special, checked, require_unicode, safe_breaks
 from llmc.errors import ConfigError, FileFormatError, MissingDependencyError
 
 PIECES = 4096  # ids whose bytes are remembered at most
@@ -65,9 +65,7 @@ class HuggingFaceTokenizer:
 
     @functools.cached_property
     def breaks(self) -> str:
-        # Where no token reaches from anything into a space, what is joined within a token lies on one side of it.
-        pieces = map(self._bytes, range(self.vocab_size))
-        return "" if any(b" " in piece.lstrip(b" ") for piece in pieces) else " "
+        return safe_breaks(map(self._bytes, range(self.vocab_size)))
 
     @property
     def eot(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -34,3 +35,12 @@ def require_unicode(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise ConfigError("text", f"character {error.start} is a lone surrogate") from None
+
+
+def safe_breaks(tokens: Iterable[bytes]) -> str:
+    """`Tokenizer.breaks` of a vocabulary: a space, unless a token reaches from anything else but white space into one.
+
+    What is joined within a token then lies on one side of such a space, whatever the rules of joining are.
+    """
+    reaches = re.compile(r"\S ")
+    return "" if any(reaches.search(token.decode("utf-8", "replace")) for token in tokens if b" " in token) else " "

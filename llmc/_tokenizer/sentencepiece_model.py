@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llmc import tokenizer_config
-from llmc._tokenizer.ids import Special, checked, require_unicode
+from llmc._tokenizer.ids import Special, checked, require_unicode, safe_breaks
 from llmc.errors import ConfigError, FileFormatError, MissingDependencyError
 
 SPACE = "\u2581"  # a space within a piece
@@ -47,8 +47,7 @@ class SentencePieceTokenizer:
         ordinary = {token.content: i for i, token in added.items() if i >= size and not token.special}
         self._later, self._named = ordinary, control | {token.content: i for i, token in added.items()}
         self.special, self.add_bos = self._roles()
-        # Where no token reaches from anything into a space, what is joined within a token lies on one side of it.
-        self.breaks = "" if any(b" " in token.lstrip(b" ") for token in self._tokens) else " "
+        self.breaks = safe_breaks(self._tokens)
 
     @property
     def eot(self) -> int:
