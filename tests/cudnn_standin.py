@@ -137,6 +137,9 @@ class Graph:
             raise RuntimeError(f"uids {uids}")
         if any(tensor.dim is None or tensor.stride is None for tensor in self.tensors if not tensor.virtual):
             raise RuntimeError("a tensor without dim or stride")
+        heads, shared = self.node["q"].dim[1], self.node["k"].dim[1]
+        if heads % shared or self.node["v"].dim[1] != shared:
+            raise cudnnGraphNotSupportedError(f"{heads} heads of queries, {shared} of keys")
 
     def build_operation_graph(self) -> None:
         self._step("build_operation_graph")
@@ -187,12 +190,20 @@ class Graph:
     # ---- the arithmetic --------------------------------------------------------------------------------
 
     def _read(self, name: str, pointers: dict[int, int]) -> np.ndarray[Any, Any]:
+        """The tensor in float64; of keys and values every head as often as those of queries share it."""
         tensor = self.node[name]
-        return tensor.view(pointers[tensor.uid]).astype(np.float64)
+        value = tensor.view(pointers[tensor.uid]).astype(np.float64)
+        return value.repeat(self.node["q"].dim[1] // tensor.dim[1], axis=1)
 
     def _write(self, name: str, pointers: dict[int, int], value: np.ndarray[Any, Any]) -> None:
+        """What belongs to each head of queries, rounded and then added where the tensor has fewer."""
         tensor = self.outputs[name]
         if not tensor.virtual:
+            B, H, T, D = value.shape
+            G = tensor.dim[1]
+            if G < H:
+                value = value.astype(TYPES[self.io_data_type]).astype(np.float64)
+                value = value.reshape(B, G, H // G, T, D).sum(axis=2)
             tensor.view(pointers[tensor.uid])[...] = value
 
     def _scores(self, pointers: dict[int, int]) -> np.ndarray[Any, Any]:

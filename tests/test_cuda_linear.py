@@ -45,7 +45,7 @@ def way(request: pytest.FixtureRequest, cuda: ModuleType, monkeypatch: pytest.Mo
     before = {name: cuda.info()[name] for name in ("dtype", "gemm", "attention")}
     multiplies = "own" if request.param.endswith("own") else "cublaslt"
     cuda.configure(dtype=request.param.split()[0], gemm=multiplies, attention="own")
-    cuda.reserve(64, 64, 64, 1024, 1)
+    cuda.reserve(64, 64, 64, 1024, 1, 64)
     if request.param.endswith("Hopper"):
         monkeypatch.setattr(device, "capability", lambda: AMPERE)
     yield request.param
@@ -144,6 +144,98 @@ def test_backward(
             close(name, found[name], exact[name], stored(exact[name], off[name]))
 
 
+@pytest.mark.parametrize("B, T, K, N", [(1, 1, 1, 1), (2, 3, 17, 33), (2, 12, 64, 64), (0, 3, 4, 5)])
+def test_backward_of_weights_that_are_not_trained(
+    cuda: ModuleType, way: str, rng: Generator, B: int, T: int, K: int, N: int
+) -> None:
+    """Neither dw nor db: dx, and dpre, have the bits that they have with both."""
+    x, w, dout, pre = put(numbers(rng, B, T, K)), put(numbers(rng, N, K)), put(numbers(rng, B, T, N)), nothing(B, T, K)
+    pre[...] = numbers(rng, B, T, K)
+    results = []
+    for dw, db in ((nothing(N, K), nothing(N)), (None, None)):
+        dx, dpre = nothing(B, T, K), nothing(B, T, K)
+        cuda.linear_backward(dx, dw, db, dout, x, w, False)
+        cuda.gelu_linear_backward(dpre, dw, db, dout, pre, x, w, False)
+        results.append((get(dx), get(dpre)))
+    for one, other in zip(*results, strict=True):
+        assert np.isfinite(one).all()
+        np.testing.assert_array_equal(one, other)
+    for op, given in (("linear_backward", (dout, x)), ("gelu_linear_backward", (dout, pre, x))):
+        with pytest.raises(ValueError, match="db: must be None where dw is"):
+            getattr(cuda, op)(dx, None, nothing(N), *given, w, False)
+
+
+# ---- adapters --------------------------------------------------------------------------------------
+
+# B, T, K, N, r, n, column: odd everywhere, aligned as models have them, the last of the columns, none of something
+ADAPTERS = [
+    (2, 3, 17, 33, 3, 11, 5), (1, 37, 64, 192, 8, 64, 128), (1, 130, 40, 96, 16, 32, 32), (2, 5, 24, 48, 16, 48, 0),
+    (1, 1, 8, 8, 1, 1, 7), (0, 3, 8, 16, 4, 8, 8), (2, 3, 8, 16, 0, 8, 8), (2, 3, 8, 16, 4, 0, 16),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("B, T, K, N, r, n, column", ADAPTERS)
+def test_lora_forward(
+    cuda: ModuleType, way: str, rng: Generator, B: int, T: int, K: int, N: int, r: int, n: int, column: int
+) -> None:
+    """out from hidden as it is stored; columns that the adapter is not for stay as they were."""
+    x, a, b, old = numbers(rng, B, T, K), numbers(rng, r, K), numbers(rng, n, r), numbers(rng, B, T, N)
+    out, hidden = put(old), nothing(B, T, r)
+    cuda.lora_forward(out, hidden, put(x), put(a), put(b), 0.75, column)
+    exact = 0.75 * x.astype(np.float64) @ a.T
+    off = 0.75 * sum_error(K + 1, magnitude(x) @ magnitude(a).T).reshape(exact.shape)
+    close("hidden", hidden, exact, stored(exact, off))
+    narrow, part = get(hidden), slice(column, column + n)
+    exact = old[..., part] + narrow @ b.T
+    off = sum_error(r + 1, np.abs(narrow) @ np.abs(b).T + np.abs(old[..., part]))
+    assert (np.abs(get(out)[..., part] - exact) <= stored(exact, off)).all()
+    np.testing.assert_array_equal(np.delete(get(out), part, axis=-1), np.delete(old, part, axis=-1))
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("B, T, K, N, r, n, column", ADAPTERS)
+def test_lora_backward(
+    cuda: ModuleType, way: str, rng: Generator, B: int, T: int, K: int, N: int, r: int, n: int, column: int,
+    accumulate: bool,
+) -> None:
+    """da and dx from dhidden as it is stored; of dout nothing counts but the adapter's columns."""
+    x, a, b, hidden = numbers(rng, B, T, K), numbers(rng, r, K), numbers(rng, n, r), numbers(rng, B, T, r)
+    dout, da, db, dx = numbers(rng, B, T, N), numbers(rng, r, K), numbers(rng, n, r), numbers(rng, B, T, K)
+    part = dout[..., column : column + n].copy()
+    dout[...] = np.nan
+    dout[..., column : column + n] = part
+    found = [put(da), put(db), nothing(B, T, r)] if accumulate else [nothing(r, K), nothing(n, r), nothing(B, T, r)]
+    cuda.lora_backward(*found, put(dout), put(hidden), put(x), put(b), 0.75, column, accumulate)
+    into = put(dx)
+    cuda.lora_backward_input(into, found[2], put(a))
+    tokens, old, g = B * T, int(accumulate), magnitude(part)
+
+    exact = 0.75 * part.astype(np.float64) @ b
+    off = 0.75 * sum_error(n + 1, g @ magnitude(b)).reshape(exact.shape)
+    close("dhidden", found[2], exact, stored(exact, off))
+    rows = part.reshape(tokens, n).astype(np.float64)
+    exact = old * db + rows.T @ hidden.reshape(tokens, r)
+    close("db", found[1], exact, stored(exact, sum_error(tokens + 1, g.T @ magnitude(hidden) + old * np.abs(db))))
+    narrow = get(found[2])
+    exact = old * da + narrow.reshape(tokens, r).T @ x.reshape(tokens, K)
+    off = sum_error(tokens + 1, magnitude(narrow).T @ magnitude(x) + old * np.abs(da))
+    close("da", found[0], exact, stored(exact, off))
+    exact = dx + narrow @ a
+    close("dx", into, exact, stored(exact, sum_error(r + 1, np.abs(narrow) @ np.abs(a) + np.abs(dx))))
+
+
+@pytest.mark.parametrize("column", [-1, 6, 1 << 40])
+def test_columns_that_there_are_not(cuda: ModuleType, column: int) -> None:
+    out, hidden, x, a, b = (put(np.zeros(shape)) for shape in ((1, 2, 8), (1, 2, 4), (1, 2, 5), (4, 5), (3, 4)))
+    with pytest.raises(ValueError, match=f"column: 3 columns from {column} exceed the 8 of out"):
+        cuda.lora_forward(out, hidden, x, a, b, 1.0, column)
+    with pytest.raises(ValueError, match=f"column: 3 columns from {column} exceed the 8 of dout"):
+        cuda.lora_backward(a, b, hidden, out, hidden, x, b, 1.0, column, False)
+
+
+# ---- layers with GELU ------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("B, T, K, N", SHAPES)
 def test_gelu_forward(cuda: ModuleType, way: str, rng: Generator, B: int, T: int, K: int, N: int, bias: bool) -> None:
@@ -201,7 +293,7 @@ def test_bias_gradient(
     cuda: ModuleType, way: str, rng: Generator, M: int, N: int, accumulate: bool
 ) -> None:
     """Sums of columns over many rows, and of more columns than are summed at a time."""
-    cuda.reserve(64, 64, 64, M, 1)
+    cuda.reserve(64, 64, 64, M, 1, 64)
     dout, db = numbers(rng, M, N), numbers(rng, N)
     exact = dout.astype(np.float64).sum(axis=0) + (db if accumulate else 0)
     found = put(db) if accumulate else nothing(N)
@@ -227,13 +319,14 @@ def test_gemm(
         return put(np.pad(values, ((0, 0), (0, pad)), constant_values=np.nan), dtype)
 
     a, b, old = numbers(rng, M, K), numbers(rng, K, N), numbers(rng, M, N)
-    exact = a.astype(np.float64) @ b.astype(np.float64) + beta * old
+    alpha = 1.0 if pad else -0.7
+    exact = alpha * (a.astype(np.float64) @ b.astype(np.float64)) + beta * old
     left, right = padded(a.T if ta else a), padded(b.T if tb else b)
     dtype = "float32" if single else None
     out = padded(old if beta else np.full((M, N), np.nan), dtype)
     linear.gemm(
-        out, left, right.ptr, M, N, K, ta=ta, tb=tb, beta=beta, lda=left.shape[1], ldb=right.shape[1], ldo=N + pad,
-        single=single,
+        out, left, right.ptr, M, N, K, ta=ta, tb=tb, alpha=alpha, beta=beta, lda=left.shape[1], ldb=right.shape[1],
+        ldo=N + pad, single=single,
     )  # fmt: skip
     off = sum_error(K + 1, np.abs(a).astype(np.float64) @ np.abs(b) + beta * np.abs(old))
     bound = off + TINY if single else stored(exact, off)
