@@ -204,13 +204,14 @@ def test_without_masters(backend: Callable[..., ops.Ops]) -> None:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["llama-3", "mistral", "qwen", "gemma-2"])
 def test_architectures(backend: Callable[..., ops.Ops], name: str, dtype: str) -> None:
-    """Against transformers in double: logits, gradients and five losses; and recomputing all but each layer's input
-    gives the same gradients.  On the CPU in bf16 gradients of these models are off by up to 5e-2."""
+    """Against transformers in double: logits, gradients and, in fp32, five losses; and recomputing all but each layer's
+    input gives the same gradients.  In bf16 the weights are a new model's."""
     architectures = pytest.importorskip("architectures")
-    right = architectures.verdict(name, exact=True)
-    logits, gradient, loss = {"fp32": (1e-5, 1e-5, 1e-5), "bf16": (5e-2, 1e-1, 2e-2)}[dtype]
+    large = dtype == "fp32"
+    right = architectures.verdict(name, exact=True, large=large)
+    logits, gradient = (1e-5, 1e-5) if large else LIMITS["bf16"][:2]
     x, y = architectures.batch()
-    model = architectures.build(name, backend(dtype=dtype))
+    model = architectures.build(name, backend(dtype=dtype), large=large)
     assert architectures.furthest(model.logits(x), right.logits) < logits
     found = architectures.backward(model, x, y)
     worst = architectures.worst(found, right.gradients)
@@ -220,8 +221,9 @@ def test_architectures(backend: Callable[..., ops.Ops], name: str, dtype: str) -
     model.prepare(*x.shape, recompute="block")
     for row, value in architectures.backward(model, x, y).items():
         np.testing.assert_array_equal(value, found[row])
-    losses = architectures.train(architectures.build(name, model.ops), architectures.STEPS, x, y)
-    np.testing.assert_allclose(losses, architectures.their_losses(name, exact=True), rtol=loss)
+    if large:
+        losses = architectures.train(architectures.build(name, model.ops), architectures.STEPS, x, y)
+        np.testing.assert_allclose(losses, architectures.their_losses(name, exact=True), rtol=1e-5)
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [("fp32", 5e-6), ("bf16", 5e-2)])
@@ -338,11 +340,11 @@ def test_heads_that_are_too_wide_are_told_first(
     backend: Callable[..., ops.Ops], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before anything is written, and by --dry-run."""
-    monkeypatch.setitem(gpt2.PRESETS, "tiny", gpt2.Config(64, 257, 1, 1, 320))
+    monkeypatch.setitem(loading.PRESETS, "tiny", gpt2.Config(64, 257, 1, 1, 320))
     out = tmp_path / "out"
     config = TrainConfig(**{**STORIES, "out": str(out)})
     for attempt in (lambda: training.memory_plan(config), lambda: list(train(config))):
-        with pytest.raises(ConfigError, match="num_heads: makes heads of 320 channels; .* takes at most 256"):
+        with pytest.raises(ConfigError, match="head_size: heads of 320 channels; .* takes at most 256"):
             attempt()
     assert not out.exists()
 
