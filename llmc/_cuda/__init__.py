@@ -24,6 +24,7 @@ from llmc._cuda import (
     optimizer,
     peak,
     philox,
+    rope,
 )
 from llmc._cuda.device import elapsed, empty, fetch, memory, op, stamp
 from llmc._cuda.found import found
@@ -33,10 +34,12 @@ from llmc.errors import ConfigError, DeviceError
 __all__ = [
     "adamw_step", "attention_backward", "attention_decode", "attention_forward", "cache_nbytes", "classifier",
     "clip_scale", "configure", "copy", "elapsed", "embedding_backward", "embedding_forward", "empty", "fetch", "found",
-    "gelu_backward", "gelu_forward", "gelu_linear_backward", "global_norm", "head_logits", "head_loss", "hold", "info",
-    "layernorm_backward", "layernorm_forward", "linear_backward", "linear_forward", "linear_gelu_forward",
-    "measure_copy", "measure_product", "memory", "normal", "peak_nbytes", "product", "record", "reserve",
-    "residual_forward", "residual_layernorm_forward", "stamp", "sum_losses", "workspace_nbytes", "zero",
+    "geglu_backward", "geglu_forward", "gelu_backward", "gelu_forward", "gelu_linear_backward", "global_norm",
+    "head_logits", "head_loss", "hold", "info", "layernorm_backward", "layernorm_forward", "linear_backward",
+    "linear_forward", "linear_gelu_forward", "lora_backward", "lora_backward_input", "lora_forward", "measure_copy",
+    "measure_product", "memory", "normal", "peak_nbytes", "product", "record", "reserve", "residual_forward",
+    "residual_layernorm_forward", "residual_rmsnorm_forward", "rmsnorm_backward", "rmsnorm_forward", "rope_backward",
+    "rope_forward", "stamp", "sum_losses", "swiglu_backward", "swiglu_forward", "workspace_nbytes", "zero",
 ]  # fmt: skip
 
 GEMMS = ("cublaslt", "own")
@@ -49,14 +52,21 @@ SCRATCH = (attention, embed, head, linear, norm, optimizer)  # the modules whose
 zero, copy = op(activation.zero), op(activation.copy)
 gelu_forward, gelu_backward = op(activation.gelu_forward), op(activation.gelu_backward)
 residual_forward = op(activation.residual_forward)
+swiglu_forward, swiglu_backward = op(activation.swiglu_forward), op(activation.swiglu_backward)
+geglu_forward, geglu_backward = op(activation.geglu_forward), op(activation.geglu_backward)
 attention_forward, attention_backward = op(attention.attention_forward), op(attention.attention_backward)
 attention_decode = op(attention.attention_decode)
 embedding_forward, embedding_backward = op(embed.embedding_forward), op(embed.embedding_backward)
 head_loss, head_logits, sum_losses = op(head.head_loss), op(head.head_logits), op(head.sum_losses)
 linear_forward, linear_backward = op(linear.linear_forward), op(linear.linear_backward)
 linear_gelu_forward, gelu_linear_backward = op(linear.linear_gelu_forward), op(linear.gelu_linear_backward)
+lora_forward, lora_backward = op(linear.lora_forward), op(linear.lora_backward)
+lora_backward_input = op(linear.lora_backward_input)
 layernorm_forward, layernorm_backward = op(norm.layernorm_forward), op(norm.layernorm_backward)
 residual_layernorm_forward = op(norm.residual_layernorm_forward)
+rmsnorm_forward, rmsnorm_backward = op(norm.rmsnorm_forward), op(norm.rmsnorm_backward)
+residual_rmsnorm_forward = op(norm.residual_rmsnorm_forward)
+rope_forward, rope_backward = op(rope.rope_forward), op(rope.rope_backward)
 global_norm, clip_scale, adamw_step = op(optimizer.global_norm), op(optimizer.clip_scale), op(optimizer.adamw_step)
 normal = op(philox.normal)
 cache_nbytes, peak_nbytes = op(peak.cache_nbytes), op(peak.peak_nbytes)
@@ -152,18 +162,20 @@ def info() -> dict[str, Any]:
     }
 
 
-def workspace_nbytes(channels: int, vocab_size: int, parameters: int, tokens: int, heads: int) -> dict[str, int]:
+def workspace_nbytes(
+    channels: int, vocab_size: int, parameters: int, tokens: int, heads: int, head_size: int
+) -> dict[str, int]:
     """Bytes of the workspace that `reserve` would make, and of what libraries and copies have of their own; ConfigError
     for heads that are too wide."""
-    attention.check_heads(channels, heads)
-    sizes = (module.scratch_nbytes(channels, vocab_size, parameters, tokens, heads) for module in SCRATCH)
+    attention.check_heads(head_size)
+    sizes = (module.scratch_nbytes(channels, vocab_size, parameters, tokens, heads, head_size) for module in SCRATCH)
     libraries = device.libraries_nbytes()
     if device.attention == "cudnn":
-        libraries += cudnn.scratch_nbytes(channels, tokens, heads)
+        libraries += cudnn.scratch_nbytes(tokens, heads, head_size)
     return {"shared": max(sizes), "threads": libraries}
 
 
 @op
-def reserve(channels: int, vocab_size: int, parameters: int, tokens: int, heads: int) -> None:
+def reserve(channels: int, vocab_size: int, parameters: int, tokens: int, heads: int, head_size: int) -> None:
     """Make the workspace large enough for a model; `ops.reserve`."""
-    device.enlarge(workspace_nbytes(channels, vocab_size, parameters, tokens, heads)["shared"])
+    device.enlarge(workspace_nbytes(channels, vocab_size, parameters, tokens, heads, head_size)["shared"])

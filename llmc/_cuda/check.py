@@ -94,9 +94,9 @@ def in_places(name: str, a: DeviceArray, T: int, limit: int, what: str) -> None:
     known = a.bounds
     if a.size == 0 or (known is not None and 0 <= known[0] and known[1] + T <= limit):
         return
-    for start in np.asarray(a).tolist():
+    for b, start in enumerate(np.asarray(a).tolist()):
         if not 0 <= start <= limit - T:
-            raise ValueError(f"{name}: {T} tokens from {start} exceed the {limit} {what}")
+            raise ValueError(f"{name}: {T} tokens from {start} at [{b}] exceed the {limit} {what}")
 
 
 def expect(name: str, got: tuple[int, ...], want: tuple[int, ...]) -> None:

@@ -1,6 +1,7 @@
-// Token and position embedding: out[b,t] = wte[tokens[b,t]] + wpe[position + t].
+// Token and position embedding: out[b,t] = scale wte[tokens[b,t]] + wpe[positions[b] + t], the second term if there is
+// a wpe.
 //
-// Backward adds to a row of dwte every row of dout that has its token.  No atomics on numbers: the tokens are sorted,
+// Backward adds to a row of dwte, times scale, every row of dout that has its token.  No atomics on numbers: the tokens are sorted,
 // each with its place, by a stable radix sort in the stream; then the rows of a token lie one after another, in the
 // order of their places, and every one is summed by who owns it.
 //
@@ -15,35 +16,36 @@ constexpr int AHEAD = 4;    // rows that are loaded at a time
 constexpr int OFFSETS_THREADS = DIGITS * PARTS;
 
 // A block of (32, y) threads: a warp for each token.
-template <int N>
-__device__ __forceinline__ void forward(floatX *__restrict__ out, const int *__restrict__ tokens,
+template <int N, bool PLACED>
+__device__ __forceinline__ void forward(floatX *__restrict__ out, const int *__restrict__ tokens, const int *positions,
                                         const floatX *__restrict__ wte, const floatX *__restrict__ wpe, int n, int T,
-                                        int C, int position) {
+                                        int C, float scale) {
     int row = blockIdx.x * blockDim.y + threadIdx.y;
     if (row >= n) return;
     wte += static_cast<size_t>(tokens[row]) * C;
-    wpe += static_cast<size_t>(position + row % T) * C;
+    if (PLACED) wpe += static_cast<size_t>(positions[row / T] + row % T) * C;
     out += static_cast<size_t>(row) * C;
 #pragma unroll 4
     for (int i = threadIdx.x * N; i < C; i += WARP * N) {
         float word[N], place[N];
         load<N>(word, wte + i);
-        load<N>(place, wpe + i);
+        if (PLACED) load<N>(place, wpe + i);
 #pragma unroll
-        for (int j = 0; j < N; j++) word[j] += place[j];
+        for (int j = 0; j < N; j++) word[j] = PLACED ? scale * word[j] + place[j] : scale * word[j];
         store<N>(out + i, word);
     }
 }
 
-extern "C" __global__ void embedding_forward(floatX *out, const int *tokens, const floatX *wte, const floatX *wpe,
-                                             int n, int T, int C, int position) {
-    forward<PACK>(out, tokens, wte, wpe, n, T, C, position);
-}
+#define FORWARD(name, width, placed)                                                                                   \
+    extern "C" __global__ void name(floatX *out, const int *tokens, const int *positions, const floatX *wte,           \
+                                    const floatX *wpe, int n, int T, int C, float scale) {                             \
+        forward<width, placed>(out, tokens, positions, wte, wpe, n, T, C, scale);                                      \
+    }
 
-extern "C" __global__ void embedding_forward_any(floatX *out, const int *tokens, const floatX *wte, const floatX *wpe,
-                                                 int n, int T, int C, int position) {
-    forward<1>(out, tokens, wte, wpe, n, T, C, position);
-}
+FORWARD(embedding_forward, PACK, true)
+FORWARD(embedding_forward_any, 1, true)
+FORWARD(embedding_words, PACK, false)
+FORWARD(embedding_words_any, 1, false)
 
 // ---- the sort: pairs (token, place), 8 bits of the token a pass, from the lowest -----------------------------------
 
@@ -123,14 +125,14 @@ extern "C" __global__ void __launch_bounds__(DIGITS)
 
 // ---- the sums ------------------------------------------------------------------------------------------------------
 
-// dwte[token] += the sum of dout's rows with this token, where they all lie among the block's ROWS sorted ones.  Of a
+// dwte[token] += scale times the sum of dout's rows with this token, where they all lie among the block's ROWS sorted ones.  Of a
 // token whose rows lie in several blocks, each leaves its part of the sum in partial (blocks, 2, C): the block that has
 // the first in its row 1, the others in their row 0.  `tile` has room for ROWS + 2 pairs.
 //
 // Bytes moved: C each row, 2 C each token's.
 template <int N>
 __device__ __forceinline__ void sum_rows(floatX *dwte, float *partial, const floatX *__restrict__ dout,
-                                         const int2 *sorted, int n, int C, int2 *tile) {
+                                         const int2 *sorted, int n, int C, float scale, int2 *tile) {
     int begin = blockIdx.x * ROWS, count = min(ROWS, n - begin);
     for (int i = threadIdx.x; i < ROWS + 2; i += blockDim.x) {
         int place = begin + i - 1;
@@ -160,7 +162,7 @@ __device__ __forceinline__ void sum_rows(floatX *dwte, float *partial, const flo
                     float before[N];
                     load<N>(before, row);
 #pragma unroll
-                    for (int j = 0; j < N; j++) before[j] += sum[j];
+                    for (int j = 0; j < N; j++) before[j] += scale * sum[j];
                     store<N>(row, before);
                 } else {
                     store<N>(partial + (all ? C : 0) + c, sum);
@@ -174,20 +176,21 @@ __device__ __forceinline__ void sum_rows(floatX *dwte, float *partial, const flo
 }
 
 extern "C" __global__ void embedding_rows(floatX *dwte, float *partial, const floatX *dout, const int2 *sorted, int n,
-                                          int C) {
+                                          int C, float scale) {
     __shared__ int2 tile[ROWS + 2];
-    sum_rows<PACK>(dwte, partial, dout, sorted, n, C, tile);
+    sum_rows<PACK>(dwte, partial, dout, sorted, n, C, scale, tile);
 }
 
 extern "C" __global__ void embedding_rows_any(floatX *dwte, float *partial, const floatX *dout, const int2 *sorted,
-                                              int n, int C) {
+                                              int n, int C, float scale) {
     __shared__ int2 tile[ROWS + 2];
-    sum_rows<1>(dwte, partial, dout, sorted, n, C, tile);
+    sum_rows<1>(dwte, partial, dout, sorted, n, C, scale, tile);
 }
 
-// dwte[token] += the parts of its sum, in order, for a token whose rows lie in several blocks of the above: the block
+// dwte[token] += scale times the parts of its sum, in order, for a token whose rows lie in several blocks of the above: the block
 // of the first of them.
-extern "C" __global__ void embedding_combine(floatX *dwte, const float *partial, const int2 *sorted, int n, int C) {
+extern "C" __global__ void embedding_combine(floatX *dwte, const float *partial, const int2 *sorted, int n, int C,
+                                             float scale) {
     int begin = blockIdx.x * ROWS, next = begin + ROWS;
     if (next >= n) return;
     int token = sorted[next].x;
@@ -205,7 +208,7 @@ extern "C" __global__ void embedding_combine(floatX *dwte, const float *partial,
 #pragma unroll 8
         for (int i = blockIdx.x + 1; i <= end; i++) sum += partial[static_cast<size_t>(i) * 2 * C + c];
         floatX *out = dwte + static_cast<size_t>(token) * C + c;
-        *out = from_float<floatX>(to_float(*out) + sum);
+        *out = from_float<floatX>(to_float(*out) + scale * sum);
     }
 }
 

@@ -18,6 +18,23 @@ __device__ __forceinline__ float raised(float x, float m) {
 #endif
 }
 
+// What becomes of the products: themselves, or softcap * tanh(x / softcap) (Gemma 2), with the derivative
+// 1 - tanh^2(x / softcap).
+struct Uncapped {
+    __device__ __forceinline__ float operator()(float x) const { return x; }
+    __device__ __forceinline__ float slope(float) const { return 1.0f; }
+};
+
+struct Capped {
+    float softcap;
+
+    __device__ __forceinline__ float operator()(float x) const { return softcap * tanhf(x / softcap); }
+    __device__ __forceinline__ float slope(float x) const {
+        float t = tanhf(x / softcap);
+        return 1.0f - t * t;
+    }
+};
+
 // Begins to copy what the thread reads at a time, its packs from `begin` on, to the same places in `held`.
 template <int N> __device__ __forceinline__ void fetch(floatX *held, const floatX *row, int begin, int V) {
 #pragma unroll
@@ -28,9 +45,11 @@ template <int N> __device__ __forceinline__ void fetch(floatX *held, const float
     cp_async_commit();
 }
 
-// A row of V logits, the `stride` elements of which begin at a multiple of 16 bytes where N > 1:
+// A row of V products, the `stride` elements of which begin at a multiple of 16 bytes where N > 1.  With logits
+// cap(products):
 //
-//     losses = log(sum of e^logits) - logits[target];  logits = scale (softmax - onehot(target)), if `train`
+//     losses = log(sum of e^logits) - logits[target];
+//     products = scale (softmax - onehot(target)) cap'(products), if `train`
 //
 // Columns from V on are not looked at, and become 0 in training.  One pass finds maximum and sum together: where the
 // maximum grows, the sum so far shrinks.  Between the passes the row is in `held`, shared memory for whole packs, of
@@ -39,12 +58,12 @@ template <int N> __device__ __forceinline__ void fetch(floatX *held, const float
 // multiprocessors 27 MB, and an H100 has two halves of 25 MB that may both keep a line.)
 //
 // Bytes moved: C of memory to read and C to write, and without `held` C of L2, for C columns.
-template <int N, bool HELD = false>
+template <int N, bool HELD = false, typename Cap>
 __device__ __forceinline__ void classify(floatX *logits, float *losses, const int *targets, int V, int stride,
-                                         float scale, int train, float *scratch, floatX *held = nullptr) {
+                                         float scale, Cap cap, int train, float *scratch, floatX *held = nullptr) {
     floatX *row = logits + static_cast<size_t>(blockIdx.x) * stride;
     int target = targets[blockIdx.x];
-    float chosen = to_float(row[target]); // before anyone writes: there are barriers in between
+    float product = to_float(row[target]), chosen = cap(product); // before anyone writes: there are barriers in between
     float m = START, sum = 0.0f;
     int step = THREADS * N, chunk = LOADS * step;
     const floatX *from = HELD ? held : row;
@@ -57,6 +76,10 @@ __device__ __forceinline__ void classify(floatX *logits, float *losses, const in
         float v[LOADS][N], highest = m;
 #pragma unroll
         for (int k = 0; k < LOADS; k++) load_if<N>(v[k], from + begin + k * step, begin + k * step < V);
+#pragma unroll
+        for (int k = 0; k < LOADS; k++)
+#pragma unroll
+            for (int j = 0; j < N; j++) v[k][j] = cap(v[k][j]);
         if (begin + (LOADS - 1) * step + N > V) {
 #pragma unroll
             for (int k = 0; k < LOADS; k++)
@@ -90,7 +113,7 @@ __device__ __forceinline__ void classify(floatX *logits, float *losses, const in
             int c = begin + k * step;
             if (c >= V) continue;
 #pragma unroll
-            for (int j = 0; j < N; j++) v[k][j] = raised(v[k][j], highest) * factor;
+            for (int j = 0; j < N; j++) v[k][j] = raised(cap(v[k][j]), highest) * factor * cap.slope(v[k][j]);
             if (c + N > V) {
 #pragma unroll
                 for (int j = 0; j < N; j++)
@@ -101,26 +124,47 @@ __device__ __forceinline__ void classify(floatX *logits, float *losses, const in
     }
     for (int c = (V + N - 1) / N * N + threadIdx.x; c < stride; c += THREADS) row[c] = from_float<floatX>(0.0f);
     if (threadIdx.x == target / N % THREADS) // it has written the rest of this pack
-        row[target] = from_float<floatX>(raised(chosen, highest) * factor - scale);
+        row[target] = from_float<floatX>((raised(chosen, highest) * factor - scale) * cap.slope(product));
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
     classifier_held(floatX *logits, float *losses, const int *targets, int V, int stride, float scale, int train) {
     __shared__ float scratch[THREADS / WARP];
     SHARED(floatX, held);
-    classify<PACK, true>(logits, losses, targets, V, stride, scale, train, scratch, held);
+    classify<PACK, true>(logits, losses, targets, V, stride, scale, Uncapped(), train, scratch, held);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
     classifier(floatX *logits, float *losses, const int *targets, int V, int stride, float scale, int train) {
     __shared__ float scratch[THREADS / WARP];
-    classify<PACK>(logits, losses, targets, V, stride, scale, train, scratch);
+    classify<PACK>(logits, losses, targets, V, stride, scale, Uncapped(), train, scratch);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     classifier_any(floatX *logits, float *losses, const int *targets, int V, int stride, float scale, int train) {
     __shared__ float scratch[THREADS / WARP];
-    classify<1>(logits, losses, targets, V, stride, scale, train, scratch);
+    classify<1>(logits, losses, targets, V, stride, scale, Uncapped(), train, scratch);
+}
+
+// The same with a cap.  Rows of the vocabularies that have one are too long to be held.
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+    capped_classifier(floatX *logits, float *losses, const int *targets, int V, int stride, float scale, float softcap,
+                      int train) {
+    __shared__ float scratch[THREADS / WARP];
+    classify<PACK>(logits, losses, targets, V, stride, scale, Capped{softcap}, train, scratch);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    capped_classifier_any(floatX *logits, float *losses, const int *targets, int V, int stride, float scale,
+                          float softcap, int train) {
+    __shared__ float scratch[THREADS / WARP];
+    classify<1>(logits, losses, targets, V, stride, scale, Capped{softcap}, train, scratch);
+}
+
+// out = softcap * tanh(sums / softcap), rounded once; out may be sums.  They begin where they like.
+extern "C" __global__ void cap_logits(floatX *out, const float *sums, long long n, float softcap) {
+    long long i = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i < n) out[i] = from_float<floatX>(Capped{softcap}(sums[i]));
 }
 
 // out (+)= sums, rounded once.

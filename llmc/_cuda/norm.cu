@@ -7,26 +7,9 @@
 // mean of what is left, so that a large common offset costs no digits.  blockDim.y rows share a block.
 //
 // Kernels whose names end in _any take every width and every alignment: a warp for each row, which it reads again.
-#include "common.cuh"
+#include "norm.cuh"
 
-constexpr int HELD = 3;           // packs: GPT-2's 768 channels of bf16 are one warp's
 constexpr int MOST_THREADS = 192; // of a block of the kernels that hold rows
-
-// Where this thread stands among those of its row.
-struct Place {
-    int row, warp, first, warps;
-
-    __device__ __forceinline__ Place() {
-        row = blockIdx.x * blockDim.y + threadIdx.y;
-        warps = blockDim.x / WARP;
-        first = threadIdx.y * warps;
-        warp = first + threadIdx.x / WARP;
-    }
-
-    template <typename T> __device__ __forceinline__ T sum(T value, float2 *scratch) const {
-        return group_reduce<Sum>(value, reinterpret_cast<T *>(scratch), warp, first, warps);
-    }
-};
 
 // total = x + branch where RESIDUAL, and the norm of what has been stored; else the norm of x.
 //
@@ -133,14 +116,13 @@ extern "C" __global__ void layernorm_forward_any(floatX *total, floatX *out, flo
 //
 // Each block takes `rows` rows and leaves its sums, dw's C and then db's, as row blockIdx.x of `partial`: its threads
 // sum their own columns in registers, row after row, and the blockDim.y of a block are added in order.  `sums` is 2 C
-// floats of shared memory if blockDim.y > 1.
+// floats of shared memory if blockDim.y > 1.  Without SUMS, dx alone.
 //
 // Bytes moved: 4 C each row.
-extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)
-    layernorm_backward(floatX *dx, float *partial, const floatX *dout, const floatX *x, const float *mean,
-                       const float *rstd, const floatX *__restrict__ w, int M, int C, int rows) {
-    __shared__ float2 scratch[MOST_THREADS / WARP];
-    SHARED(float, sums);
+template <bool SUMS>
+__device__ __forceinline__ void backward(floatX *dx, float *partial, const floatX *dout, const floatX *x,
+                                         const float *mean, const float *rstd, const floatX *__restrict__ w, int M,
+                                         int C, int rows, float2 *scratch, float *sums) {
     Place at;
     int stop = min(M, (static_cast<int>(blockIdx.x) + 1) * rows);
     float dw[HELD][PACK], db[HELD][PACK];
@@ -175,8 +157,7 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)
 #pragma unroll
             for (int j = 0; j < PACK; j++) {
                 n[k][j] = (n[k][j] - m) * r;
-                dw[k][j] += d[k][j] * n[k][j];
-                db[k][j] += d[k][j];
+                if (SUMS) dw[k][j] += d[k][j] * n[k][j], db[k][j] += d[k][j];
                 d[k][j] *= scale[j]; // g from here on
                 sum.x += d[k][j];
                 sum.y += d[k][j] * n[k][j];
@@ -194,6 +175,7 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)
         }
     }
 
+    if (!SUMS) return;
     float *last = partial + static_cast<size_t>(blockIdx.x) * 2 * C;
     for (int y = 0; y < blockDim.y; y++) {
         bool finish = y + 1 == blockDim.y;
@@ -215,6 +197,21 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)
         }
         if (!finish) __syncthreads();
     }
+}
+
+extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)
+    layernorm_backward(floatX *dx, float *partial, const floatX *dout, const floatX *x, const float *mean,
+                       const float *rstd, const floatX *w, int M, int C, int rows) {
+    __shared__ float2 scratch[MOST_THREADS / WARP];
+    SHARED(float, sums);
+    backward<true>(dx, partial, dout, x, mean, rstd, w, M, C, rows, scratch, sums);
+}
+
+extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)
+    layernorm_backward_input(floatX *dx, const floatX *dout, const floatX *x, const float *mean, const float *rstd,
+                             const floatX *w, int M, int C, int rows) {
+    __shared__ float2 scratch[MOST_THREADS / WARP];
+    backward<false>(dx, nullptr, dout, x, mean, rstd, w, M, C, rows, scratch, nullptr);
 }
 
 // The same in two kernels: dx by rows, and the sums of `rows` rows by columns.
@@ -252,20 +249,13 @@ extern "C" __global__ void layernorm_columns_any(float *partial, const floatX *d
     partial[c] = dw, partial[C + c] = db;
 }
 
-// dw, db (+)= the sums of all blocks.  A block of (32, 32) threads takes 32 of the 2 C columns; thread (c, y) adds
-// every 32nd row from y on, and the 32 of a column are added in order.
+// dw, db (+)= the sums of all blocks.
 extern "C" __global__ void layernorm_combine(floatX *dw, floatX *db, const float *partial, int chunks, int C,
                                              int accumulate) {
     __shared__ float sums[WARP][WARP + 1];
     int c = blockIdx.x * WARP + threadIdx.x;
-    float sum = 0.0f;
-    if (c < 2 * C)
-#pragma unroll 8
-        for (int i = threadIdx.y; i < chunks; i += WARP) sum += partial[static_cast<size_t>(i) * 2 * C + c];
-    sums[threadIdx.y][threadIdx.x] = sum;
-    __syncthreads();
+    float sum = sum_of_chunks(partial, c, chunks, 2 * C, sums);
     if (threadIdx.y > 0 || c >= 2 * C) return;
-    for (int y = 1; y < WARP; y++) sum += sums[y][threadIdx.x];
     floatX *out = c < C ? dw + c : db + (c - C);
     *out = from_float<floatX>(accumulate ? to_float(*out) + sum : sum);
 }

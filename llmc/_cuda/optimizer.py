@@ -24,7 +24,7 @@ ADAMW = {
 }
 
 
-def scratch_nbytes(channels: int, vocab_size: int, parameters: int, tokens: int, heads: int) -> int:
+def scratch_nbytes(channels: int, vocab_size: int, parameters: int, tokens: int, heads: int, head_size: int) -> int:
     """A float64 for every chunk of the norm's sum."""
     return 8 * blocks(parameters, SUM_CHUNK)
 

@@ -92,7 +92,7 @@ def classifier(
     M, rows = check.matrix("logits", logits).shape
     check.expect("losses", check.matrix("losses", losses, "float32").shape, targets.shape)
     check.expect("targets", (check.ids("targets", targets, V).size,), (M,))
-    head.classify(logits, losses, targets, M, V, rows, scale, True)
+    head.classify(logits, losses, targets, M, V, rows, scale, 0.0, True)
 
 
 def _copy(memory: DeviceArray, half: int) -> None:
