@@ -209,12 +209,11 @@ def test_a_window_of_all_is_none(either: Adapter, rng: Generator) -> None:
 
 @pytest.mark.parametrize("width", [64, 40])
 def test_a_soft_cap_that_caps_nothing(ops: Adapter, rng: Generator, width: int) -> None:
-    """Far above the scores it changes little, and a negative one nothing at all."""
+    """Far above the scores it changes little."""
     told, qkv, dout = Told(2, 1), numbers(rng, 1, 100, 4 * width), numbers(rng, 1, 100, 2 * width)
-    none, far, negative = (run(ops, qkv, dout, told._replace(softcap=cap)) for cap in (0.0, 1e4, -1.0))
-    for one, other, another in zip(none, far, negative, strict=True):
+    none, far = (run(ops, qkv, dout, told._replace(softcap=cap)) for cap in (0.0, 1e4))
+    for one, other in zip(none, far, strict=True):
         np.testing.assert_allclose(one, other, rtol=0.05, atol=0.05)
-        np.testing.assert_array_equal(one, another)
 
 
 # ---- what must not matter --------------------------------------------------------------------------
@@ -471,7 +470,7 @@ def test_decode_in_a_recording(ops: Adapter, rng: Generator, maxT: int) -> None:
         np.testing.assert_array_equal(np.asarray(device["values"]).astype(np.float32), values)
     for wrong in ([0, maxT], [-1, 0]):
         device["positions"][...] = wrong
-        with pytest.raises(ValueError, match=f"positions: 1 tokens from {max(wrong, key=abs)} exceed"):
+        with pytest.raises(ValueError, match=f"positions: 1 tokens from {max(wrong, key=abs)} at .* exceed"):
             replay()
 
 
@@ -599,7 +598,7 @@ def test_cudnn_is_called_where_it_was_chosen(ops: Adapter, rng: Generator, monke
     monkeypatch.setattr(cudnn, "backward", lambda *arrays: calls.append(("backward", *arrays)))
     out, dout, qkv, dqkv = (ops.empty((1, 3, C), "bfloat16") for C in (64, 64, 128, 128))
     lse = ops.empty((1, 2, 3), "float32")
-    for window, softcap in ((0, 0.0), (3, 0.0), (-1, -2.0)):
+    for window, softcap in ((0, 0.0), (3, 0.0), (-1, 0.0)):
         attention.attention_forward(out, lse, qkv, 0.5, window, softcap)
         attention.attention_backward(dqkv, dout, qkv, out, lse, 0.5, window, softcap)
         assert calls == [("forward", out, lse, qkv, 1, 0.5), ("backward", dqkv, dout, qkv, out, lse, 1, 0.5)]

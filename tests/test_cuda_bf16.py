@@ -19,18 +19,20 @@ import reference
 from guard import PLACES, UNIT, Arguments, Array, Sizes, blank, call, check, expect, floats, names, number, summed
 from numpy.random import Generator
 from on_device import Adapter
-from test_activation import gelu_backward_bound, gelu_forward_bound
+from test_activation import gate_bounds, gelu_backward_bound, gelu_forward_bound
 from test_bf16 import BF16, hard_numbers, numbers, rounded
-from test_embed import tokens_for
-from test_head import bounds_of, logits_and_bound, padded, targets_for
-from test_norm import EPS, backward_bounds, forward_bounds
+from test_embed import forward_bound, tokens_for
+from test_head import bounds_of, capped_and_bound, logits_and_bound, padded, targets_for
+from test_norm import EPS, backward_bounds, forward_bounds, rms_backward_bounds, rms_bounds
 from test_optimizer import Spans, Update, adamw_bounds, state
 from test_philox import bound as normal_bound
+from test_rope import angles
+from test_rope import bound as rope_bound
 
 from llmc._cuda import device, embed, head, norm, optimizer
 
 SMALLEST = 2.0**-134  # half the smallest denormal bf16
-WORKSPACE = {"channels": 5000, "vocab_size": 512, "parameters": 1 << 20, "tokens": 1 << 14, "heads": 32}
+WORKSPACE = {"channels": 5000, "vocab_size": 512, "parameters": 1 << 20, "tokens": 1 << 14, "heads": 32, "head_size": 256}
 
 # Beside each other: scalars' and packs' kernels; one warp, several, and a row too wide to be held.
 WIDTHS = [1, 2, 7, 8, 9, 16, 17, 64, 65, 128, 136, 257, 264, 768, 776, 1024, 1536, 1544, 3080]
@@ -106,6 +108,17 @@ def test_residual(ops: Adapter, rng: Generator, n: int) -> None:
         np.testing.assert_array_equal(found["out"], rounded(x + branch))
 
 
+@pytest.mark.parametrize("op", ["swiglu", "geglu"])
+@pytest.mark.parametrize("B, T, F", [(2, 3, F) for F in (1, 7, 8, 9, 64, 4096, 4104, 4097)] + [(0, 3, 8), (2, 3, 0)])
+def test_gates(ops: Adapter, rng: Generator, op: str, B: int, T: int, F: int) -> None:
+    """A row in one block, in two and a few more, of packs and not."""
+    x, dout = rounded(floats(rng, B, T, 2 * F, scale=3)), numbers(rng, B, T, F)
+    out, dx = gate_bounds(op, x, dout)
+    check_stored(ops, f"{op}_forward", (blank(B, T, F), x), {"out": out})
+    for alias in ({}, {"dx": "x"}):
+        check_stored(ops, f"{op}_backward", (blank(B, T, 2 * F), dout, x), {"dx": dx}, alias)
+
+
 def test_copy_rounds(ops: Adapter, rng: Generator) -> None:
     """To nearest, ties to even; NaN stays NaN with any payload, and what is too large becomes infinite."""
     x = hard_numbers(rng)
@@ -170,7 +183,72 @@ def test_layernorm_backward(ops: Adapter, rng: Generator, B: int, T: int, C: int
     mean, rstd = blank(B, T), blank(B, T)
     reference.layernorm_forward(np.empty(x.shape), mean, rstd, x, w, w, EPS)
     given = (numbers(rng, B, T, C), numbers(rng, C), numbers(rng, C), numbers(rng, B, T, C), x, mean, rstd, w)
-    check_stored(ops, "layernorm_backward", (*given, accumulate), backward_bounds(*given, accumulate))
+    bounds = backward_bounds(*given, accumulate)
+    check_stored(ops, "layernorm_backward", (*given, accumulate), bounds)
+    without = (given[0], None, None, *given[3:], accumulate)
+    check_stored(ops, "layernorm_backward", without, {"dx": bounds["dx"]})
+
+
+# ---- rmsnorm ---------------------------------------------------------------------------------------
+
+# Rows of one warp to twelve, and one that is too wide to be held.
+RMS_SHAPES = [(2, 3, C) for C in (1, 7, 8, 17, 136, 264, 768, 776, 3080)] + [(1, T, 24) for T in (1, 5, 33, 131)]
+RMS_SHAPES += [(0, 3, 8), (2, 0, 8)]
+RMS_WIDE = [pytest.param(2, 3, C, marks=pytest.mark.heavy) for C in (4616, 9216, 9224)]
+
+
+@pytest.mark.parametrize("B, T, C", RMS_SHAPES + RMS_WIDE)
+def test_rmsnorm_forward(ops: Adapter, rng: Generator, B: int, T: int, C: int) -> None:
+    """With a sum before it too, which is to the bit; and the norm is that of the sum as it is stored."""
+    x, branch, w = numbers(rng, B, T, C), numbers(rng, B, T, C), numbers(rng, C)
+    for offset in (0.0, 1.0):
+        given = (blank(B, T, C), blank(B, T), x, w, EPS, offset)
+        check_stored(ops, "rmsnorm_forward", given, rms_bounds(x, w, EPS, offset))
+    total, out, rstd = rounded(x + branch), np.empty(x.shape), np.empty((B, T))
+    reference.rmsnorm_forward(out, rstd, total, w, EPS, 1.0)
+    bounds = rms_bounds(total, w, EPS, 1.0)
+    for alias in ({}, {"total": "x"}, {"total": "branch"}):
+        for place in PLACES:
+            values = (blank(B, T, C), blank(B, T, C), blank(B, T), x, branch, w, EPS, 1.0)
+            arguments = dict(zip(names("residual_rmsnorm_forward"), values, strict=True))
+            found = call(ops, "residual_rmsnorm_forward", arguments, place, alias)
+            np.testing.assert_array_equal(found["total"], total)
+            assert (np.abs(found["out"] - out) <= stored(bounds["out"], out)).all()
+            assert (np.abs(found["rstd"] - rstd) <= bounds["rstd"]).all()
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("B, T, C", [*RMS_SHAPES, (3, 67, 40), (3, 67, 9), (1, 70, 1040), *RMS_WIDE])
+def test_rmsnorm_backward(ops: Adapter, rng: Generator, B: int, T: int, C: int, accumulate: bool) -> None:
+    x, w, rstd = numbers(rng, B, T, C), numbers(rng, C), blank(B, T)
+    reference.rmsnorm_forward(np.empty(x.shape), rstd, x, w, EPS, 1.0)
+    given = (numbers(rng, B, T, C), numbers(rng, C), numbers(rng, B, T, C), x, rstd, w, 1.0)
+    bounds = rms_backward_bounds(*given, accumulate)
+    ops.reserve(**{**WORKSPACE, "channels": max(C, 5000)})
+    check_stored(ops, "rmsnorm_backward", (*given, accumulate), bounds)
+    check_stored(ops, "rmsnorm_backward", (given[0], None, *given[2:], accumulate), {"dx": bounds["dx"]})
+
+
+# ---- rotary embedding ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("B, T, D, heads, beside", [
+    (2, 3, 16, 3, 16), (2, 3, 32, 1, 8), (1, 5, 128, 40, 0), (2, 3, 16, 3, 7), (2, 3, 24, 3, 0), (1, 2, 2, 5, 1),
+    (1, 2, 16, 0, 8), (0, 3, 16, 2, 0), (2, 0, 16, 2, 0),
+])  # fmt: skip
+def test_rope(ops: Adapter, rng: Generator, B: int, T: int, D: int, heads: int, beside: int) -> None:
+    """Halves of whole packs and not, in one round and in two; channels beside the heads stay as they are."""
+    x, table = numbers(rng, B, T, heads * D + beside), angles(T + 5, D)
+    places = (np.arange(B, dtype=np.int32) * 3 + 2) % 6
+    check_rope(ops, "rope_forward", (x, places, table, heads), rope_bound(x, table, places, heads))
+    check_rope(ops, "rope_backward", (x, table, heads), rope_bound(x, table, 0 * places, heads))
+
+
+def check_rope(ops: Adapter, op: str, values: Sequence[Any], bound: Array) -> None:
+    x, name = values[0], names(op)[0]
+    found = check_stored(ops, op, values, {name: bound})[name]
+    beside = values[-1] * values[-2].shape[1]
+    np.testing.assert_array_equal(found[..., beside:], x[..., beside:])
 
 
 # ---- embedding -------------------------------------------------------------------------------------
@@ -178,17 +256,22 @@ def test_layernorm_backward(ops: Adapter, rng: Generator, B: int, T: int, C: int
 
 @pytest.mark.parametrize("B, T, C", [(2, 3, C) for C in WIDTHS[:13]] + [(1, 33, 24), (5, 7, 8), (0, 3, 8), (2, 0, 8)])
 def test_embedding(ops: Adapter, rng: Generator, B: int, T: int, C: int) -> None:
-    """Forward is one addition, and to the bit; backward sums in float32 and rounds once."""
+    """Forward is one addition, and to the bit, or a product as well; backward sums in float32 and rounds once."""
     V, Vp = 7, 16
     tokens, wte, wpe = tokens_for(rng, B, T, V), numbers(rng, Vp, C), numbers(rng, T + 5, C)
-    exact = wte[tokens] + wpe[2 : T + 2]
-    found = check_stored(
-        ops, "embedding_forward", (blank(B, T, C), tokens, wte, wpe, V, 2), {"out": UNIT * np.abs(exact)}
-    )
-    np.testing.assert_array_equal(found["out"], rounded(exact))
+    positions = (np.arange(B, dtype=np.int32) * 2 + 1) % 6
+    for scale in (1.0, 1.3):
+        for places in (wpe, None):
+            given = (blank(B, T, C), tokens, positions, wte, places, V, scale)
+            bound = forward_bound(tokens, positions, wte, places, scale)
+            found = check_stored(ops, "embedding_forward", given, {"out": bound})["out"]
+            if scale == 1 and places is not None:
+                exact = wte[tokens] + wpe[positions[:, None] + np.arange(T)]
+                np.testing.assert_array_equal(found, rounded(exact))
     dout = numbers(rng, B, T, C)
     for accumulate in (False, True):
         check_embedding_backward(ops, numbers(rng, Vp, C), numbers(rng, T + 3, C), dout, tokens, accumulate)
+        check_embedding_backward(ops, numbers(rng, Vp, C), None, dout, tokens, accumulate, 1.3)
 
 
 @pytest.mark.parametrize("V, B, T, C", [(5, 3, 700, 8), (300, 2, 1100, 7), (70000, 2, 600, 8), (1, 1, 2300, 9)])
@@ -196,20 +279,23 @@ def test_embedding_of_many_tokens(ops: Adapter, rng: Generator, V: int, B: int, 
     """Several tiles of the sort, one, two and three of its passes; tokens whose sums are spread over many blocks."""
     tokens = np.minimum(rng.geometric(0.02 if V > 5 else 0.7, (B, T)) - 1, V - 1).astype(np.int32)
     tokens[:, ::3] = rng.integers(0, V, tokens[:, ::3].shape)
-    check_embedding_backward(ops, numbers(rng, V, C), numbers(rng, T, C), numbers(rng, B, T, C), tokens, False)
+    dout = numbers(rng, B, T, C)
+    check_embedding_backward(ops, numbers(rng, V, C), numbers(rng, T, C), dout, tokens, False, 1.7)
 
 
 def check_embedding_backward(
-    ops: Adapter, dwte: Array, dwpe: Array, dout: Array, tokens: Array, accumulate: bool
+    ops: Adapter, dwte: Array, dwpe: Array | None, dout: Array, tokens: Array, accumulate: bool, scale: float = 1.0
 ) -> None:
     T, magnitude = tokens.shape[1], np.abs(dout.astype(np.float64))
     by_token = np.abs(dwte.astype(np.float64))
-    np.add.at(by_token, tokens, magnitude)
-    by_position = np.abs(dwpe.astype(np.float64)) if accumulate else np.zeros(dwpe.shape)
-    by_position[:T] += magnitude.sum(axis=0)
+    np.add.at(by_token, tokens, scale * magnitude)
     most = int(np.bincount(tokens.ravel(), minlength=1).max())
-    bounds = {"dwte": UNIT * summed(most) * by_token, "dwpe": UNIT * summed(len(tokens)) * by_position}
-    found = check_stored(ops, "embedding_backward", (dwte, dwpe, dout, tokens, accumulate), bounds)
+    bounds = {"dwte": UNIT * (summed(most) + (0 if scale == 1 else 2)) * by_token}
+    if dwpe is not None:
+        by_position = np.abs(dwpe.astype(np.float64)) if accumulate else np.zeros(dwpe.shape)
+        by_position[:T] += magnitude.sum(axis=0)
+        bounds["dwpe"] = UNIT * summed(len(tokens)) * by_position
+    found = check_stored(ops, "embedding_backward", (dwte, dwpe, dout, tokens, scale, accumulate), bounds)
     unused = np.setdiff1d(np.arange(len(dwte)), tokens)
     np.testing.assert_array_equal(found["dwte"][unused], dwte[unused])
 
@@ -221,22 +307,26 @@ HEADS = [(1, 5, 6, V) for V in (1, 2, 7, 8, 9, 63, 65, 257)] + [(2, 3, C, 19) fo
 HEADS += [(3, 11, 37, 101), (0, 3, 8, 5), (2, 0, 8, 5), (1, 4200, 8, 5)]
 
 
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("B, T, C, V", HEADS)
-def test_head(ops: Adapter, rng: Generator, B: int, T: int, C: int, V: int, accumulate: bool) -> None:
-    """Logits and their gradients are rounded too.  dw is rounded once, whatever the number of chunks."""
+def test_head(
+    ops: Adapter, rng: Generator, B: int, T: int, C: int, V: int, accumulate: bool, softcap: float
+) -> None:
+    """Logits and their gradients are rounded too; of capped ones the products, which moves a logit by no more than its
+    own rounding would, since u / cosh^2 u <= tanh u.  dw is rounded once, whatever the number of chunks."""
     x, w, targets = numbers(rng, B, T, C), rounded(padded(rng, V, C)), targets_for(rng, B, T, V)
     dw, scale = numbers(rng, *w.shape), 1 / max(B * T, 1)
-    bounds = bounds_of(dw, x, w, targets, V, scale, accumulate, BF16)
-    given = (blank(B, T), blank(B, T, C), dw, x, w, targets, V, scale, accumulate)
+    bounds = bounds_of(dw, x, w, targets, V, scale, accumulate, BF16, softcap)
+    last = (x, w, targets, V, scale, softcap, accumulate)
     for alias in ({}, {"dx": "x"}) if T < 100 else ({},):
-        found = check_stored(ops, "head_loss", given, bounds, alias)
+        found = check_stored(ops, "head_loss", (blank(B, T), blank(B, T, C), dw, *last), bounds, alias)
         np.testing.assert_array_equal(found["dw"][V:], dw[V:] if accumulate else 0)
-    check_stored(
-        ops, "head_loss", (blank(B, T), None, None, x, w, targets, V, scale, accumulate), {"losses": bounds["losses"]}
-    )
-    logits = logits_and_bound(x, w, V)[1].reshape(B, T, V)
-    check_stored(ops, "head_logits", (blank(B, T, V), x, w, V), {"logits": logits})
+    losses, dx = ({name: bounds[name]} for name in ("losses", "dx"))
+    check_stored(ops, "head_loss", (blank(B, T), None, None, *last), losses)
+    check_stored(ops, "head_loss", (blank(B, T), blank(B, T, C), None, *last), losses | dx)
+    logits = capped_and_bound(*logits_and_bound(x, w, V), softcap)[1].reshape(B, T, V)
+    check_stored(ops, "head_logits", (blank(B, T, V), x, w, V, softcap), {"logits": logits})
 
 
 def test_a_wide_vocabulary(ops: Adapter, rng: Generator) -> None:
@@ -246,7 +336,7 @@ def test_a_wide_vocabulary(ops: Adapter, rng: Generator) -> None:
         dw = numbers(rng, *w.shape)
         ops.reserve(**{**WORKSPACE, "vocab_size": len(w) + 1})
         for rows in (len(w), V):
-            given = (blank(1, 2), blank(1, 2, 4), dw[:rows], x, w[:rows].copy(), targets, V, 0.5, False)
+            given = (blank(1, 2), blank(1, 2, 4), dw[:rows], x, w[:rows].copy(), targets, V, 0.5, 0.0, False)
             check_stored(ops, "head_loss", given, bounds_of(dw[:rows], x, w[:rows], targets, V, 0.5, False, BF16))
 
 
@@ -403,6 +493,8 @@ def on_gpu(ops: Adapter, given: Arguments, op: str, shift: int) -> Arguments:
 
 @pytest.mark.parametrize("op", [
     "layernorm_forward", "residual_layernorm_forward", "layernorm_backward", "embedding_forward", "embedding_backward",
+    "rmsnorm_forward", "residual_rmsnorm_forward", "rmsnorm_backward", "rope_forward", "rope_backward",
+    "swiglu_forward", "swiglu_backward", "geglu_forward", "geglu_backward", "head_logits",
     "head_loss", "gelu_forward", "gelu_backward", "residual_forward", "adamw_step", "global_norm", "normal", "copy",
 ])  # fmt: skip
 def test_odd_addresses(ops: Adapter, rng: Generator, op: str) -> None:
@@ -419,16 +511,20 @@ def test_odd_addresses(ops: Adapter, rng: Generator, op: str) -> None:
 
 
 @pytest.mark.parametrize("op, sizes", [
-    ("layernorm_backward", Sizes(B=3, T=700, C=24)),
+    ("layernorm_backward", Sizes(B=3, T=700, C=24)), ("rmsnorm_backward", Sizes(B=3, T=700, C=24)),
+    ("head_logits", Sizes(B=1, T=4100, C=8, V=11, Vp=16)), ("head_logits", Sizes(B=1, T=1, C=8, V=300, Vp=304)),
     ("embedding_backward", Sizes(B=3, T=700, C=24, V=300, Vp=320, maxT=700)),
     ("head_loss", Sizes(B=1, T=4100, C=8, V=11, Vp=16)), ("head_loss", Sizes(B=1, T=70, C=8, V=300, Vp=320)),
     ("global_norm", Sizes(B=3, T=700, C=24)),
 ])  # fmt: skip
 def test_scratch_suffices(ops: Adapter, rng: Generator, op: str, sizes: Sizes) -> None:
     """A workspace for these sizes and no more, which on the simulated GPU ends at a forbidden page."""
-    modules = {"layernorm_backward": norm, "embedding_backward": embed, "head_loss": head, "global_norm": optimizer}
+    modules = {
+        "layernorm_backward": norm, "rmsnorm_backward": norm, "embedding_backward": embed, "head_loss": head,
+        "head_logits": head, "global_norm": optimizer,
+    }  # fmt: skip
     tokens = sizes.B * sizes.T
-    nbytes = modules[op].scratch_nbytes(sizes.C, sizes.Vp, tokens * sizes.C, tokens, sizes.H)
+    nbytes = modules[op].scratch_nbytes(sizes.C, sizes.Vp, tokens * sizes.C, tokens, sizes.H, sizes.C // sizes.H)
     given = guard.example(op, rng, sizes)
     results = []
     try:

@@ -379,14 +379,14 @@ def test_out_of_memory(cuda: ModuleType) -> None:
 
 def test_workspace(cuda: ModuleType) -> None:
     """It grows and never shrinks, and what is too small is not handed out."""
-    sizes = cuda.workspace_nbytes(channels=64, vocab_size=512, parameters=1000, tokens=64, heads=4)
+    sizes = cuda.workspace_nbytes(channels=64, vocab_size=512, parameters=1000, tokens=64, heads=4, head_size=16)
     assert set(sizes) == {"shared", "threads"}
-    cuda.reserve(channels=64, vocab_size=512, parameters=1000, tokens=64, heads=4)
+    cuda.reserve(channels=64, vocab_size=512, parameters=1000, tokens=64, heads=4, head_size=16)
     device.enlarge(sizes["shared"] + 4096)
     place = device.workspace(sizes["shared"] + 4096)
     assert device.workspace(1) == place
     before = free(cuda)
-    cuda.reserve(channels=1, vocab_size=1, parameters=1, tokens=1, heads=1)
+    cuda.reserve(channels=1, vocab_size=1, parameters=1, tokens=1, heads=1, head_size=1)
     device.enlarge(1)
     assert device.workspace(sizes["shared"] + 4096) == place and free(cuda) == before
     with pytest.raises(RuntimeError, match=r"too small for .* call reserve\(\) first"):

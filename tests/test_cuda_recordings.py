@@ -16,7 +16,7 @@ from guard import OUTPUTS, Sizes, example, names
 from numpy.random import Generator
 from on_device import Adapter
 
-WORKSPACE = {"channels": 512, "vocab_size": 1024, "parameters": 1 << 16, "tokens": 4096, "heads": 8}
+WORKSPACE = {"channels": 512, "vocab_size": 1024, "parameters": 1 << 16, "tokens": 4096, "heads": 8, "head_size": 64}
 
 
 @pytest.fixture(params=["fp32", "bf16"])

@@ -23,7 +23,7 @@ from guard import Array, flush
 from on_device import Adapter
 
 TESTS = Path(__file__).parent
-WORKSPACE = {"channels": 64, "vocab_size": 64, "parameters": 64, "tokens": 64, "heads": 1}
+WORKSPACE = {"channels": 64, "vocab_size": 64, "parameters": 64, "tokens": 64, "heads": 1, "head_size": 64}
 
 
 @pytest.fixture(autouse=True)

@@ -62,21 +62,21 @@ class Simple:
         return 4 * self.rows * (tiles * 4 * (blocks(D, 4) | 1) + self.rows + 4)
 
 
-def _flash_kernels(file: str, together: tuple[int, ...]) -> dict[int, Flash]:
+def _flash_kernels(file: str, together: tuple[int, ...], forward_128: Tiles) -> dict[int, Flash]:
     """By head size; for those in `together` one kernel makes the gradients of keys and values."""
     tiles = {
         16: (Tiles(128, 64), Tiles(128, 32), Tiles(128, 32)),
         32: (Tiles(128, 64), Tiles(128, 32), Tiles(128, 32)),
         64: (Tiles(128, 64), Tiles(128, 32), Tiles(128, 32)),
-        128: (Tiles(128, 32), Tiles(64, 32), Tiles(64, 32)),
+        128: (forward_128, Tiles(64, 32), Tiles(64, 32)),
         256: (Tiles(64, 32), Tiles(64, 16), Tiles(64, 16)),
     }
     parts = {D: ("keys_values",) if D in together else ("values", "keys") for D in tiles}
     return {D: Flash(file, D, *tiles[D], *parts[D]) for D in tiles}
 
 
-FLASH = _flash_kernels("flash", (16, 32, 64, 128))
-FLASH_SOFTCAP = _flash_kernels("flash_softcap", ())
+FLASH = _flash_kernels("flash", (16, 32, 64, 128), Tiles(128, 32))
+FLASH_SOFTCAP = _flash_kernels("flash_softcap", (), Tiles(64, 32))
 SIMPLE = {widest: Simple(widest) for widest in WIDEST}
 COMBINE = Kernel("attention", "attention_decode_combine", "PPPiiiiiff")
 
@@ -142,9 +142,9 @@ def _scores(scale: float, window: int, softcap: float, longest: int) -> tuple[in
     """What the kernels take: a window of at most `longest` keys, a scale, and a soft-cap or 0."""
     if not 0.0 < scale < math.inf:
         raise ValueError(f"scale: must be positive, got {scale}")
-    if not softcap < math.inf:
-        raise ValueError(f"softcap: must be finite, got {softcap}")
-    return min(window, longest) if window > 0 else longest, scale, max(0.0, softcap)
+    if not 0 <= softcap < math.inf:
+        raise ValueError(f"softcap: must be positive and finite, or 0 for none, got {softcap}")
+    return min(window, longest) if window > 0 else longest, scale, softcap
 
 
 # ---- which kernels ---------------------------------------------------------------------------------

@@ -180,7 +180,10 @@ inline float exp2_of(float x) { return off(std::exp2(double(x)), 2, x); }
 inline float exp_of(float x) { return off(std::exp(double(x)), 2, x); }
 inline float log_of(float x) { return off(std::log(double(x)), 1, x); }
 inline float log2_of(float x) { return off(std::log2(double(x)), 1, x); }
-inline float tanh_of(float x) { return min(off(std::tanh(double(x)), 2, x), 1.0f); }
+inline float tanh_of(float x) {
+    float result = off(std::tanh(double(x)), 2, x);
+    return std::fabs(result) > 1 ? std::copysign(1.0f, result) : result; // NaN stays
+}
 inline float rsqrt_of(float x) { return off(1 / std::sqrt(double(x)), 2, x); }
 inline float sinpi_of(float x) { return off(std::sin(M_PI * std::fmod(double(x), 2.0)), 1, x); }
 inline float cospi_of(float x) { return off(std::cos(M_PI * std::fmod(double(x), 2.0)), 1, x); }
