@@ -1,8 +1,8 @@
 // GELU in its tanh form (Hendrycks & Gimpel 2016), gates by it and by SiLU (Shazeer 2020), the residual sum, and copies
 // of another type.
 //
-// All but the gates are one pass over vectors of n elements, LOADS packs of 16 bytes in each thread, all read before any is written.
-// The names ending in _any are for addresses that are not multiples of 16 bytes: one element at a time.
+// All but the gates are one pass over vectors of n elements, LOADS packs of 16 bytes in each thread, all read before
+// any is written. The names ending in _any are for addresses that are not multiples of 16 bytes: one element at a time.
 #include "gelu.cuh"
 
 constexpr int LOADS = 2;

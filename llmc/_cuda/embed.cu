@@ -1,9 +1,9 @@
 // Token and position embedding: out[b,t] = scale wte[tokens[b,t]] + wpe[positions[b] + t], the second term if there is
 // a wpe.
 //
-// Backward adds to a row of dwte, times scale, every row of dout that has its token.  No atomics on numbers: the tokens are sorted,
-// each with its place, by a stable radix sort in the stream; then the rows of a token lie one after another, in the
-// order of their places, and every one is summed by who owns it.
+// Backward adds to a row of dwte, times scale, every row of dout that has its token.  No atomics on numbers: the tokens
+// are sorted, each with its place, by a stable radix sort in the stream; then the rows of a token lie one after
+// another, in the order of their places, and every one is summed by who owns it.
 //
 // Kernels whose names end in _any take every width and every alignment, one element at a time.
 #include "common.cuh"
@@ -125,9 +125,9 @@ extern "C" __global__ void __launch_bounds__(DIGITS)
 
 // ---- the sums ------------------------------------------------------------------------------------------------------
 
-// dwte[token] += scale times the sum of dout's rows with this token, where they all lie among the block's ROWS sorted ones.  Of a
-// token whose rows lie in several blocks, each leaves its part of the sum in partial (blocks, 2, C): the block that has
-// the first in its row 1, the others in their row 0.  `tile` has room for ROWS + 2 pairs.
+// dwte[token] += scale times the sum of dout's rows with this token, where they all lie among the block's ROWS sorted
+// ones.  Of a token whose rows lie in several blocks, each leaves its part of the sum in partial (blocks, 2, C): the
+// block that has the first in its row 1, the others in their row 0.  `tile` has room for ROWS + 2 pairs.
 //
 // Bytes moved: C each row, 2 C each token's.
 template <int N>
@@ -187,8 +187,8 @@ extern "C" __global__ void embedding_rows_any(floatX *dwte, float *partial, cons
     sum_rows<1>(dwte, partial, dout, sorted, n, C, scale, tile);
 }
 
-// dwte[token] += scale times the parts of its sum, in order, for a token whose rows lie in several blocks of the above: the block
-// of the first of them.
+// dwte[token] += scale times the parts of its sum, in order, for a token whose rows lie in several blocks of the above:
+// the block of the first of them.
 extern "C" __global__ void embedding_combine(floatX *dwte, const float *partial, const int2 *sorted, int n, int C,
                                              float scale) {
     int begin = blockIdx.x * ROWS, next = begin + ROWS;

@@ -23,7 +23,8 @@ struct Place {
 };
 
 // The sums of all chunks: partial (chunks, width) added over its rows, by a block of (32, 32) threads for 32 columns.
-// Thread (c, y) adds every 32nd row from y on, and the 32 of a column are added in order.  Valid where threadIdx.y is 0.
+// Thread (c, y) adds every 32nd row from y on, and the 32 of a column are added in order.  Valid where threadIdx.y is
+// 0.
 __device__ __forceinline__ float sum_of_chunks(const float *partial, int c, int chunks, int width,
                                                float (&sums)[WARP][WARP + 1]) {
     float sum = 0.0f;

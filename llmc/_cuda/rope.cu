@@ -1,6 +1,8 @@
 // Rotary embedding (Su et al. 2021), in place: with c and s the cosine and the sine of a token's angle i,
 //
-//     x[i], x[i + D/2] = x[i] c - x[i + D/2] s, x[i + D/2] c + x[i] s    for i < D/2, in each of the first `heads` heads
+//     x[i], x[i + D/2] = x[i] c - x[i + D/2] s, x[i + D/2] c + x[i] s
+//
+// for i < D/2, in each of the first `heads` heads.
 //
 // A block has a token: its threads share the pairs of packs among themselves.  The names ending in _any take every head
 // size and every alignment, one pair of elements at a time.
@@ -10,8 +12,8 @@
 
 // A row of the table is D/2 cosines and as many sines; `sign` -1 turns back.  Without positions, sequences begin at 0.
 template <int N>
-__device__ __forceinline__ void turn(floatX *x, const int *positions, const float *__restrict__ table, int T,
-                                     int width, int heads, int D, float sign) {
+__device__ __forceinline__ void turn(floatX *x, const int *positions, const float *__restrict__ table, int T, int width,
+                                     int heads, int D, float sign) {
     int b = blockIdx.x / T, t = blockIdx.x % T, half = D / 2, each = half / N;
     table += static_cast<size_t>((positions ? positions[b] : 0) + t) * D;
     x += static_cast<size_t>(blockIdx.x) * width;
