@@ -284,8 +284,8 @@ __device__ __forceinline__ void forward(bf16 *out, float *lse, const bf16 *qkv, 
     const int last = max(0, q0 - window + 1) / BN * BN, begin = (min(T, q0 + BM) - 1) / BN * BN;
 
     load_tile<D, BM>(q_tile, queries + (long long)q0 * stride, stride, T - q0);
-    load_tile<D, BN>(k_tiles, keys + (long long)begin * stride, stride, T - begin);
-    load_tile<D, BN>(v_tiles, values + (long long)begin * stride, stride, T - begin);
+    load_tile<D, BN>(k_tiles + begin / BN % 2 * OTHER, keys + (long long)begin * stride, stride, T - begin);
+    load_tile<D, BN>(v_tiles + begin / BN % 2 * OTHER, values + (long long)begin * stride, stride, T - begin);
     cp_async_commit();
     float sum[M][D / 8][4], largest[M][2], total[M][2];
     clear(sum);
@@ -299,7 +299,8 @@ __device__ __forceinline__ void forward(bf16 *out, float *lse, const bf16 *qkv, 
     q.begin(q_tile, first);
 
 #pragma unroll 1
-    for (int k0 = begin, stage = 0; k0 >= last; k0 -= BN, stage ^= OTHER) {
+    for (int k0 = begin; k0 >= last; k0 -= BN) {
+        const unsigned stage = k0 / BN % 2 * OTHER;
         if (k0 > last) {
             const long long next = (long long)(k0 - BN) * stride;
             load_tile<D, BN>(k_tiles + (stage ^ OTHER), keys + next, stride, BN);
@@ -484,19 +485,19 @@ __device__ __forceinline__ void backward_keys(bf16 *dqkv, const bf16 *dout, cons
     const Task own = task(heads, group, blocks);
     const int warp = threadIdx.x / 32, t = threadIdx.x % 4;
     const int C = H * D, stride = C + 2 * G * D, b = own.head / G, g_own = own.head % G, h = g_own * (H / G);
-    const int k0 = own.rank * BM, first = warp * 16 * M, row0 = k0 + first, end = min(T, k0 + BM - 1 + window);
+    const int k0 = own.rank * BM, first = warp * 16 * M, row0 = k0 + first;
     const Scores scores(scale, softcap);
     const float c = scores.outer * LOG2E;
     const bf16 *queries = qkv + (long long)b * T * stride + h * D, *douts = dout + (long long)b * T * C + h * D;
     const bf16 *keys = qkv + (long long)b * T * stride + (H + g_own) * D, *values = keys + G * D;
 
-    lse += (long long)(b * H + h) * T, delta += (long long)(b * H + h) * T;
+    long long statistics = (long long)(b * H + h) * T;
     load_tile<D, BM>(k_tile, keys + (long long)k0 * stride, stride, T - k0);
     if (KEYS) load_tile<D, BM>(v_tile, values + (long long)k0 * stride, stride, T - k0);
     load_tile<D, BN>(q_tiles, queries + (long long)k0 * stride, stride, T - k0);
     load_tile<D, BN>(do_tiles, douts + (long long)k0 * C, C, T - k0);
-    load_statistics<BN>(lses, lse + k0, T - k0);
-    load_statistics<BN>(deltas, delta + k0, T - k0);
+    load_statistics<BN>(lses, lse + statistics + k0, T - k0);
+    load_statistics<BN>(deltas, delta + statistics + k0, T - k0);
     cp_async_commit();
     float dk[M][KEYS ? D / 8 : 1][4], dv[M][VALUES ? D / 8 : 1][4];
     clear(dk), clear(dv);
@@ -509,23 +510,24 @@ __device__ __forceinline__ void backward_keys(bf16 *dqkv, const bf16 *dout, cons
 #pragma unroll 1
     for (int q0 = k0, next, left = H / G, stage = 0; left > 0; q0 = next, stage ^= 1) {
         next = q0 + BN;
-        if (next >= end) { // the next head
+        if (next >= T || next - k0 >= BM - 1 + window) { // the next head
             next = k0, left--;
-            queries += D, douts += D, lse += T, delta += T;
+            queries += D, douts += D, statistics += T;
         }
         if (left > 0) {
             load_tile<D, BN>(q_tiles + (stage ^ 1) * OTHER, queries + (long long)next * stride, stride, T - next);
             load_tile<D, BN>(do_tiles + (stage ^ 1) * OTHER, douts + (long long)next * C, C, T - next);
-            load_statistics<BN>(lses + (stage ^ 1) * STATISTICS, lse + next, T - next);
-            load_statistics<BN>(deltas + (stage ^ 1) * STATISTICS, delta + next, T - next);
+            load_statistics<BN>(lses + (stage ^ 1) * STATISTICS, lse + statistics + next, T - next);
+            load_statistics<BN>(deltas + (stage ^ 1) * STATISTICS, delta + statistics + next, T - next);
             cp_async_commit();
         }
-        if (q0 + BN > row0 && q0 < row0 + 16 * M - 1 + window) { // else none of it sees any of these keys
+        const int apart = q0 - row0;
+        if (apart > -BN && apart < 16 * M - 1 + window) { // else none of it sees any of these keys
             float s[M][BN / 8][4];
             clear(s);
             multiply_rows<D, BN>(s, k, q_tiles + stage * OTHER);
             scores.squash(s);
-            if (q0 < row0 + 16 * M - 1 || q0 + BN > row0 + window) mask<true>(s, q0 - row0, window);
+            if (apart < 16 * M - 1 || apart > window - BN) mask<true>(s, apart, window);
 #pragma unroll
             for (int n = 0; n < BN / 8; n++) {
                 const float2 l = *(const float2 *)shared_at(lses + stage * STATISTICS + 4 * (8 * n + 2 * t));

@@ -6,7 +6,7 @@
 FORWARD(flash_softcap_forward, 16, 128, 64)
 FORWARD(flash_softcap_forward, 32, 128, 64)
 FORWARD(flash_softcap_forward, 64, 128, 64)
-FORWARD(flash_softcap_forward, 128, 128, 32)
+FORWARD(flash_softcap_forward, 128, 64, 32)
 FORWARD(flash_softcap_forward, 256, 64, 32)
 
 BACKWARD_QUERIES(flash_softcap_backward_queries, 16, 128, 32)
