@@ -231,6 +231,22 @@ def test_rmsnorm_backward(ops: Adapter, rng: Generator, B: int, T: int, C: int, 
     check_stored(ops, "rmsnorm_backward", (given[0], None, *given[2:], accumulate), {"dx": bounds["dx"]})
 
 
+@pytest.mark.parametrize("C", [8, 9])
+def test_gradients_of_weights_on_a_large_gpu(
+    ops: Adapter, rng: Generator, monkeypatch: pytest.MonkeyPatch, C: int
+) -> None:
+    """More chunks of rows than a column has threads to add them."""
+    monkeypatch.setattr(device.handle(), "multiprocessors", 132)
+    x, w, rstd = numbers(rng, 1, 530, C), numbers(rng, C), blank(1, 530)
+    dx, dw, db, dout = numbers(rng, 1, 530, C), numbers(rng, C), numbers(rng, C), numbers(rng, 1, 530, C)
+    assert norm._chunks(530)[0] == 67
+    reference.rmsnorm_forward(np.empty(x.shape), rstd, x, w, EPS, 0.0)
+    given = (dx, dw, dout, x, rstd, w, 0.0)
+    check_stored(ops, "rmsnorm_backward", (*given, False), rms_backward_bounds(*given, False))
+    layer = (dx, dw, db, dout, x, 0 * rstd, rstd, w)
+    check_stored(ops, "layernorm_backward", (*layer, False), backward_bounds(*layer, False))
+
+
 # ---- rotary embedding ------------------------------------------------------------------------------
 
 
