@@ -37,7 +37,7 @@ from simulate import cpu_info, simulate
 from llmc import loading, machine, memory, ops
 from llmc.benchmark import LEARNING_RATE, RECIPE, flops_per_token, gpu_facts
 from llmc.errors import LlmcError
-from llmc.gpt2 import parameter_rows, preset
+from llmc.gpt2 import preset
 
 CONFIGURATIONS = {
     "cpu": "d12:4x64=9,d12:4x1024=3,stories:4x256=25",
@@ -219,7 +219,7 @@ class Run:
         if program.startswith("llmc"):
             return {"kind": "llmc", "recompute": "block" if program == "llmc-block" else None, **common}
         config = preset(c.init)
-        rows = [(row.name, row.shape, row.layers) for row in parameter_rows(config)]
+        rows = [(row.name, row.shape, row.layers) for row in config.parameter_rows()]
         return {
             "kind": "torch", "compiled": program == "compile", "config": asdict(config), "rows": rows,
             "recipe": TRAINED, **common,

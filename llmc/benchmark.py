@@ -260,7 +260,8 @@ def gpu_kernels(settings: Settings, progress: Progress = _silent) -> Iterator[Ke
             if case.cost.products or storage not in stored:
                 ops.load(settings.device, dtype=dtype, attention="own")
                 yield _gpu_row(backend, case, settings, memory, GPU)
-                if fast == CUDNN and case.op in ("attention_forward", "attention_backward"):
+                plain = case.op in ("attention_forward", "attention_backward") and not any(case.args[-2:])
+                if fast == CUDNN and plain:  # without window and soft-cap
                     ops.load(settings.device, dtype=dtype, attention=CUDNN)
                     yield _gpu_row(backend, case, settings, memory, CUDNN)
             del case

@@ -302,7 +302,8 @@ def test_attention_by_cudnn_has_rows_of_its_own(gpu: ModuleType) -> None:
         assert {graph.kind for graph in made} == {"sdpa", "sdpa_backward"}
     assert [(row.op, row.isa) for row in rows] == [
         ("attention_forward", "cuda"), ("attention_forward", "cudnn"), ("attention_backward", "cuda"),
-        ("attention_backward", "cudnn"), ("attention_decode", "cuda"), ("zero", "cuda"),
+        ("attention_backward", "cudnn"), ("attention_forward", "cuda"), ("attention_backward", "cuda"),
+        ("attention_decode", "cuda"), ("attention_decode", "cuda"), ("zero", "cuda"),
     ]  # fmt: skip
     assert benchmark.kernels_attention([row.isa for row in rows]) == "own, cudnn"
     assert benchmark.kernels_attention(["cuda"]) == "own"
