@@ -425,7 +425,7 @@ def test_decode(ops: Adapter, rng: Generator, width: int, chunks: list[int], tol
     [([0, 130, 700], 1, 64, told) for told in (Told(2, 2), Told(4, 1, window=300), Told(2, 1, 0.2, 0, 2.0))]
     + [([126, 127, 128], 1, width, Told(2, 1, 0.3, window)) for width in (3, 80, 256) for window in (0, 128, 257)]
     + [([100, 3], 30, 64, told) for told in (Told(2, 2), Told(4, 2, window=129))]
-    + [([300], 2, 64, Told(2, 2)), ([300], 300, 64, Told(2, 1))],
+    + [([300], T, 64, Told(2, 1)) for T in (2, 200, 300)],  # blocks for each as needed, two, one
 )
 def test_decode_split_over_keys(
     either: Adapter, rng: Generator, launched: list[str], positions: list[int], T: int, width: int, told: Told
