@@ -210,7 +210,7 @@ COPIED = (r"LDGSTS\.E\S*\.128",)  # cp.async
 HOT = (
     Hot(r"layernorm_forward|residual_layernorm_forward", 192, 6, WIDE),
     Hot(r"layernorm_backward|layernorm_backward_input", 192, 2, WIDE),
-    Hot(r"rmsnorm_forward|residual_rmsnorm_forward", 384, 4, WIDE),
+    Hot(r"rmsnorm_forward|residual_rmsnorm_forward", 384, 3, WIDE),
     Hot(r"rmsnorm_backward|rmsnorm_backward_input", 384, 1, WIDE),
     Hot(r"gelu_forward|gelu_backward|residual_forward|widen|narrow", 256, 5, WIDE),
     Hot(r"(swiglu|geglu)_(forward|backward)", 256, 4, WIDE),
