@@ -73,7 +73,7 @@ OPTIMISER = (
 ADAPTERS = (
     Option("lora_rank", "", int, "N", "train low-rank adapters, and leave the weights; 0: train the weights (0)"),
     Option("lora_alpha", "", float, "X", "alpha / rank multiplies what an adapter adds (16.0)"),
-    Option("lora_targets", "", str, "A,B", "modules that get one: q_proj,v_proj; all: every matrix of the layers (all)"),
+    Option("lora_targets", "", str, "A,B", "modules that get one: q_proj,v_proj; all: every matrix (all)"),
 )
 WATCHING = (
     Option("val_every", "v", int, "N", "updates between validations; 0: never (20)"),
@@ -207,6 +207,11 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "--version", type=int, default=3, metavar="N", help="of the .bin: 1, 3 (fp32) or 5 (bf16) (3)"
     )
+    convert.add_argument("--dtype", default="fp32", metavar="NAME", help="of a folder: fp32, bf16 or fp16 (fp32)")
+    convert.add_argument(
+        "--max-shard-bytes", type=int, default=5_000_000_000, metavar="N",
+        help="of a folder: several files of at most N bytes, if need be (5 GB)",
+    )  # fmt: skip
     convert.add_argument("--force", action="store_true", help="replace what is there")
 
     verify = command("verify", _verify, "compare llmc with a reference's logits, loss, gradients and updates")
@@ -467,8 +472,8 @@ def _chat(args: argparse.Namespace) -> int:
 
     settings = _sampling(args)
     model, tokenizer = _writer(args)
-    folder = None if loading.is_preset(args.model) else loading.locate(args.model)
-    template = chat_template.load(folder) if folder is not None and folder.is_dir() else None
+    folder = loading.text_folder(args.model)
+    template = None if folder is None else chat_template.load(folder)
     talk = chat.Chat(model, tokenizer, template, system=args.system, sampling=settings, length=args.length)
     terminal = sys.stdin.isatty()
     if terminal and template is None:
@@ -590,7 +595,11 @@ def _report(made: Prepared) -> None:
 def _convert(args: argparse.Namespace) -> int:
     from llmc import convert
 
-    print(f"wrote {convert.convert(args.source, args.destination, version=args.version, force=args.force)}")
+    made = convert.convert(
+        args.source, args.destination, version=args.version, dtype=args.dtype, max_shard_bytes=args.max_shard_bytes,
+        force=args.force,
+    )  # fmt: skip
+    print(f"wrote {made}")
     return 0
 
 

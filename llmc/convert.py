@@ -14,13 +14,15 @@ KEEPS_OUT = (hfconfig.CONFIG_FILE, safetensors_folder.WEIGHTS_FILE, safetensors_
 
 
 def convert(
-    source: PathLike, destination: PathLike, *, version: int = 3, force: bool = False, seed: int = 0,
+    source: PathLike, destination: PathLike, *, version: int = 3, dtype: str = "fp32",
+    max_shard_bytes: int = safetensors_folder.MAX_SHARD_BYTES, force: bool = False, seed: int = 0,
     ops: Ops | None = None,
 ) -> Path:
     """Write the model `source` (whatever `loading.load` takes) to `destination`, and return its path.
 
     A destination that ends in .bin becomes llm.c's model file of `version` (1: fp32, vocabulary not
-    padded; 3: fp32; 5: bf16, rounded to nearest), any other a Hugging Face folder in fp32.  What is there
+    padded; 3: fp32; 5: bf16, rounded to nearest), any other a Hugging Face folder in `dtype` (fp32, bf16, fp16), in
+    files of at most `max_shard_bytes`.  Adapters are added into the weights they belong to.  What is there
     already is replaced only with `force` (ConfigError otherwise), and only once the source was read whole,
     so the two may be the same.
     """
@@ -40,9 +42,11 @@ def convert(
             if os.path.lexists(path):
                 raise ConfigError("destination", f"{path} exists; it is replaced only when forced")
     model = loading.load(source, seed=seed, ops=ops)
+    if model.adapters is not None:
+        model.adapters.merge(model)
     if to_file:
         files.make_folder(target.parent)
         loading.save_bin(model, target, version)
     else:
-        loading.save(model, target)
+        loading.save(model, target, dtype=dtype, max_shard_bytes=max_shard_bytes)
     return target

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from llmc import checkpoint, files, gemma, gpt2, hfconfig, hub, llama, safetensors_folder
+from llmc import checkpoint, files, gemma, gpt2, hfconfig, hub, llama, lora, peft, safetensors_folder, tokenizer_config
 from llmc import ops as contract
 from llmc import tokenizer as tokenizers
 from llmc.arena import Row
@@ -22,7 +22,7 @@ from llmc.files import PathLike
 from llmc.model import Config, Model
 from llmc.ops import Ops
 
-PRESETS: dict[str, Config] = {name: config for module in (gpt2, llama, gemma) for name, config in module.PRESETS.items()}
+PRESETS: dict[str, Config] = {**gpt2.PRESETS, **llama.PRESETS, **gemma.PRESETS}
 # As a source, a published model's name means its weights.
 HUB_NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 SAME_ARCHITECTURE = {"gpt2": "d12", "gpt2-medium": "d24", "gpt2-large": "d36", "gpt2-xl": "d48"}
@@ -33,7 +33,8 @@ TOKENIZER_FILE = "tokenizer.bin"
 def load(
     source: PathLike, *, device: str = "cpu", isa: str | None = None, threads: int | None = None,
     dtype: str | None = None, gemm: str | None = None, attention: str | None = None, masters: bool = True,
-    narrow: bool = False, seed: int = 0, vocab_size: int | None = None, max_seq_len: int | None = None, ops: Ops | None = None,
+    narrow: bool = False, seed: int = 0, vocab_size: int | None = None, max_seq_len: int | None = None,
+    ops: Ops | None = None,
 ) -> Model:
     """A model with weights and, in `.tokenizer`, its tokenizer (None where none is known or to be had).
 
@@ -42,13 +43,13 @@ def load(
     * a name of our own ("stories", "tiny", "d12"): random weights from `seed`.  `vocab_size` and
       `max_seq_len` replace the preset's.
     * a path to llm.c's model `.bin`, or to a Hugging Face folder (write "./stories" for a folder that is
-      called like a preset).
+      called like a preset).  Of a folder with adapters (PEFT's layout) the model they belong to, with them.
     * "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", or "owner/model": the weights from the hub.
 
     Of weights that are read, `vocab_size` must be the one asked for and `max_seq_len` at least that.
     `device`, `isa`, `threads`, `dtype`, `gemm` and `attention` are those of `ops.load`, which sets them for the whole
-    process; or `ops` is a backend already set up, and they are not given.  `masters` and `narrow` are those of `Model`.  Raises
-    ConfigError, FileFormatError, DownloadError, MissingDependencyError or DeviceError.
+    process; or `ops` is a backend already set up, and they are not given.  `masters` and `narrow` are those of
+    `Model`.  Raises ConfigError, FileFormatError, DownloadError, MissingDependencyError or DeviceError.
     """
     given = {"isa": isa, "threads": threads, "dtype": dtype, "gemm": gemm, "attention": attention}
     for field, value in given.items():
@@ -61,15 +62,21 @@ def load(
     if is_preset(name):
         config = preset(name)
         changes = {"vocab_size": vocab_size, "max_seq_len": max_seq_len}
-        config = replace(config, **{field: value for field, value in changes.items() if value is not None})
+        config = replace(cast(Any, config), **{field: value for field, value in changes.items() if value is not None})
         model = config.build(backend, masters=masters, narrow=narrow)
         model.initialise(seed)
         _promise_tokenizer(model, TOKENIZERS.get(config.vocab_size))
         return model
     path = locate(name)
-    read = _from_folder if path.is_dir() else _from_file
-    model = read(path, backend, masters, narrow)
-    model.refresh()
+    if path.is_dir() and peft.is_adapter(path):
+        wanted, base = peft.read_config(path)
+        model = load(base, masters=False, narrow=narrow, ops=backend)
+        peft.read(path, lora.attach(model, wanted))
+    else:
+        read = _from_folder if path.is_dir() else _from_file
+        model = read(path, backend, masters, narrow)
+        model.source = str(path.absolute()) if Path(name).expanduser().exists() else name
+        model.refresh()
     if vocab_size is not None and vocab_size != model.config.vocab_size:
         raise ConfigError("vocab_size", f"{vocab_size} asked for, {name} has {model.config.vocab_size}")
     if max_seq_len is not None and max_seq_len > model.config.max_seq_len:
@@ -104,9 +111,28 @@ def read_config(source: PathLike) -> Config:
     if is_preset(name) or (name in HUB_NAMES and not Path(name).exists()):
         return preset(name)
     path = locate(name, weights=False)
+    if path.is_dir() and peft.is_adapter(path):
+        return read_config(peft.read_config(path)[1])
     if path.is_dir():
         return hfconfig.read(path)[0]
     return config_of(_read_header(path))
+
+
+def read_adapters(source: PathLike) -> lora.LoRA | None:
+    """The numbers of the adapters that `load` would attach, or None."""
+    path = Path(source).expanduser()
+    return peft.read_config(path)[0] if os.fspath(source) and path.is_dir() and peft.is_adapter(path) else None
+
+
+def text_folder(source: PathLike) -> Path | None:
+    """The local folder that a model's tokenizer and chat template lie in, or None: of adapters without a tokenizer
+    it is that of the model they belong to."""
+    if is_preset(os.fspath(source)):
+        return None
+    path = locate(os.fspath(source))
+    if path.is_dir() and peft.is_adapter(path) and not _has_tokenizer(path):
+        return text_folder(peft.read_config(path)[1])
+    return path if path.is_dir() else None
 
 
 def locate(name: str, weights: bool = True) -> Path:
@@ -152,20 +178,11 @@ def _from_folder(folder: Path, ops: Ops, masters: bool, narrow: bool) -> Model:
     config, ids = hfconfig.read(folder)
     V = config.vocab_size
     safetensors_folder.check(folder, config.parameter_rows(), V)  # before a wrong config.json allocates terabytes
-    name = ids.get(hfconfig.TOKENIZER_FIELD)
-    source = _tokenizer_in(folder, name) or TOKENIZERS.get(V)
-    sizes = {known: size for size, known in TOKENIZERS.items()}
-    file = tokenizers.load(source) if source is not None and source not in sizes else None
-    size = sizes.get(source or "", 0) if file is None else file.vocab_size
-    if size > V:
-        detail = f"{name!r} has {size} entries, the model {V}"
-        raise FileFormatError(folder / hfconfig.CONFIG_FILE, hfconfig.TOKENIZER_FIELD, detail)
+    source = _tokenizer_in(folder, ids.get(hfconfig.TOKENIZER_FIELD), config)
     model = config.build(ops, masters=masters, narrow=narrow)
     safetensors_folder.read(folder, model.params, V)
-    if file is None:
-        _promise_tokenizer(model, source)
-    else:
-        model.tokenizer = file
+    model.folder, model.ids = str(folder), ids
+    _promise_tokenizer(model, source)
     return model
 
 
@@ -195,21 +212,38 @@ def rows_for(dimensions: Dimensions) -> list[Row]:
 def require_tokenizer(model: Model) -> tokenizers.Tokenizer:
     """The model's tokenizer; where it has none, the error that says why."""
     if model.tokenizer is None:
-        name = TOKENIZERS.get(model.config.vocab_size)
+        name = model.folder if model.folder and _has_tokenizer(Path(model.folder)) else None
+        name = name or TOKENIZERS.get(model.config.vocab_size)
         if name is None:
             raise ConfigError("tokenizer", f"none is known for a vocabulary of {model.config.vocab_size}")
-        model.tokenizer = tokenizers.load(name)
+        model.tokenizer = tokenizers.load(name, vocab_size=model.config.vocab_size)
     return cast(tokenizers.Tokenizer, model.tokenizer)
 
 
-def _tokenizer_in(folder: Path, name: str | None) -> str | None:
-    """A folder's tokenizer as `tokenizer.load` takes it: a name, or a file of this folder and no other."""
-    if not name or name in TOKENIZERS.values():
-        return name or None
-    if os.path.basename(name) != name or not (folder / name).is_file():
-        detail = f"{name!r} is neither {', '.join(TOKENIZERS.values())} nor a file in this folder"
+def _has_tokenizer(folder: Path) -> bool:
+    names = (tokenizer_config.TOKENIZER_JSON, tokenizer_config.TOKENIZER_MODEL)
+    return any((folder / name).is_file() for name in names)
+
+
+def _tokenizer_in(folder: Path, name: str | None, config: Config) -> str | None:
+    """A folder's tokenizer as `tokenizer.load` takes it: what llmc has noted there, a name or a file of this folder and
+    no other; else the folder, where it has one.  GPT-2's needs no package beyond those that are always there."""
+    V = config.vocab_size
+    if name and name not in TOKENIZERS.values():
+        if os.path.basename(name) != name or not (folder / name).is_file():
+            detail = f"{name!r} is neither {', '.join(TOKENIZERS.values())} nor a file in this folder"
+            raise FileFormatError(folder / hfconfig.CONFIG_FILE, hfconfig.TOKENIZER_FIELD, detail)
+        size = tokenizers.load(folder / name).vocab_size
+        name_or_file: str | None = str(folder / name)
+    else:
+        size = {known: size for size, known in TOKENIZERS.items()}.get(name or "", 0)
+        name_or_file = name
+    if size > V:
+        detail = f"{name!r} has {size} entries, the model {V}"
         raise FileFormatError(folder / hfconfig.CONFIG_FILE, hfconfig.TOKENIZER_FIELD, detail)
-    return str(folder / name)
+    if name_or_file or (isinstance(config, gpt2.Config) and V in TOKENIZERS):
+        return name_or_file or TOKENIZERS[V]
+    return str(folder) if _has_tokenizer(folder) else TOKENIZERS.get(V)
 
 
 def _promise_tokenizer(model: Model, name: str | None) -> None:
@@ -217,7 +251,7 @@ def _promise_tokenizer(model: Model, name: str | None) -> None:
 
     def load() -> Any:
         try:
-            return tokenizers.load(cast(str, name))
+            return tokenizers.load(cast(str, name), vocab_size=model.config.vocab_size)
         except (DownloadError, MissingDependencyError):
             return None
 
@@ -228,24 +262,39 @@ def _promise_tokenizer(model: Model, name: str | None) -> None:
 # ---- saving ----------------------------------------------------------------------------------------
 
 
-def save(model: Model, folder: PathLike, tokenizer_name: str | None = None) -> None:
-    """Write `model` as a Hugging Face folder (config.json, model.safetensors in fp32), created if need be.
+def save(
+    model: Model, folder: PathLike, tokenizer_name: str | None = None, *, dtype: str = "fp32",
+    max_shard_bytes: int = safetensors_folder.MAX_SHARD_BYTES,
+) -> None:
+    """Write `model` as a Hugging Face folder, created if need be: config.json, and safetensors in `dtype` (fp32, bf16,
+    fp16), of at most `max_shard_bytes` each.  Of a model with adapters these alone, in PEFT's layout.
 
     `tokenizer_name` ("bytes", "gpt2" or a tokenizer .bin, which is copied along) is what `load` will
-    give the model; by default the model's own.  Each file is replaced whole or not at all; the weights
-    come first, so a folder with a config.json is complete.  ConfigError where it cannot be written.
+    give the model; by default the model's own.  What else belongs to the text of a model that came from a folder
+    (tokenizer, chat template, ids) goes along.  Each file is replaced whole or not at all; the weights come first, so a
+    folder with a config.json is complete.  ConfigError where it cannot be written.
     """
-    name = tokenizer_name or getattr(model.tokenizer, "name", None)
-    known = None if name is None or name in TOKENIZERS.values() else tokenizers.load(name)
     files.make_folder(folder)
-    if known is not None:
-        name = TOKENIZER_FILE
-        tokenizers.write_tokenizer_file(os.path.join(folder, name), known.tokens(), known.eot)  # type: ignore[attr-defined]
-    eot = {"bytes": 256, "gpt2": 50256}.get(name or "", None if known is None else known.eot)
+    if model.adapters is not None:
+        if not model.source:
+            raise ConfigError("out", "adapters belong to a model that can be loaded again; this one has random weights")
+        peft.write(folder, model, model.source)
+        if model.folder:
+            safetensors_folder.copy_text_files(model.folder, folder)
+        return
+    ids = dict(model.ids)
+    own = model.tokenizer if tokenizer_name is None else tokenizers.load(tokenizer_name)
     V = model.config.vocab_size
-    safetensors_folder.write(folder, model.params, V)
-    ids = {"bos_token_id": eot, "eos_token_id": eot, hfconfig.TOKENIZER_FIELD: name}
-    hfconfig.write(folder, model.config, ids)
+    if own is not None and (own.name in TOKENIZERS.values() or hasattr(own, "tokens")):
+        name = own.name
+        if name not in TOKENIZERS.values():
+            name = TOKENIZER_FILE
+            tokenizers.write_tokenizer_file(os.path.join(folder, name), own.tokens(), own.eot)
+        ids = {"bos_token_id": own.eot, "eos_token_id": own.eot, **ids, hfconfig.TOKENIZER_FIELD: name}
+    safetensors_folder.write(folder, model.params, V, dtype=dtype, max_shard_bytes=max_shard_bytes)
+    if model.folder:
+        safetensors_folder.copy_text_files(model.folder, folder)
+    hfconfig.write(folder, model.config, ids, dtype=dtype)
 
 
 def save_bin(model: Model, path: PathLike, version: int = 3) -> None:

@@ -214,7 +214,8 @@ class Model:
 
     `frozen` models, which `narrow` ones are, have no gradients of their own: `backward` is there for what `ops` adds to
     the layers, which are its `adapters` (lora.py).  `recompute` is the mode that `prepare` was given.  `tokenizer` is
-    the caller's to set, or to promise with `tokenizer_later`; the model ignores it.
+    the caller's to set, or to promise with `tokenizer_later`; so are `source`, what the weights were loaded by ("":
+    random), and, where they came from one, their `folder` and the `ids` in its config.json.  The model ignores them.
     """
 
     def __init__(
@@ -226,6 +227,8 @@ class Model:
         self.frozen = narrow
         self.tokenizer = None
         self.adapters: Any = None
+        self.source = self.folder = ""
+        self.ids: dict[str, Any] = {}
         self._replays: dict[tuple[Any, ...], Callable[[], None]] = {}
         self.ops = ops
         rows = config.parameter_rows(self.dtype)

@@ -335,6 +335,25 @@ def _remove_others(folder: Path, kept: set[str]) -> None:
                 raise files.cannot_write(path, error.strerror or str(error)) from error
 
 
+def read_file(path: PathLike, tensors: Iterable[tuple[Row, Array]]) -> None:
+    """Fill `tensors` (an arena) from one file that holds them and nothing else; errors as those of `read`."""
+    pairs = list(tensors)
+    with File(path) as file:
+        found = _match(path, _tensors(file), [row for row, _ in pairs], 0)
+        for row, array in pairs:
+            for part in _parts(row, 0):
+                found[_plain(part.name)].fill(part.of(row, array))
+
+
+def write_file(path: PathLike, tensors: Iterable[tuple[Row, Array]]) -> None:
+    """Write `tensors` to one file in fp32, replaced whole."""
+    parts = [(row, array, part) for row, array in tensors for part in _parts(row, 0)]
+    with atomic_write(path) as file:
+        file.write(_header(parts, "F32"))
+        for row, array, part in parts:
+            emit(file, np.asarray(part.of(row, array)), SAFE_DTYPES["F32"])
+
+
 def copy_text_files(source: PathLike, destination: PathLike) -> list[str]:
     """Copy what belongs to a model's text, not its weights, from one folder to another: the tokenizer's files, the
     chat template, generation_config.json.  Names of what was there, each replaced whole."""

@@ -26,7 +26,7 @@ from llmc.arena import Array
 from llmc.data import Shards, find_shards
 from llmc.errors import ConfigError, DivergenceError
 from llmc.lora import LoRA
-from llmc.model import RECOMPUTE, Config, Model, check_recompute
+from llmc.model import Config, Model, check_recompute
 from llmc.ops import DTYPES, Ops
 from llmc.profiling import Profile, Profiled
 from llmc.stories import Stories
@@ -67,7 +67,7 @@ class TrainConfig:
     shuffle: bool = False  # the training data's windows in an order drawn from the seed
     lora_rank: int = 0  # of the adapters that are trained in place of the weights; 0: the weights are trained
     lora_alpha: float = 16.0  # alpha / rank is what an adapter's output is multiplied by
-    lora_targets: str = "all"  # modules that get one, separated by commas: q_proj,v_proj; all: every matrix of the layers
+    lora_targets: str = "all"  # modules that get one: q_proj,v_proj; all: every matrix of the layers
     recompute: str = "none"  # what the backward pass makes again, to save memory: one of model.RECOMPUTE
     dtype: str = "fp32"  # of the operands of matrix products: fp32, bf16, or on a GPU tf32
     masters: bool = True  # weights in fp32 beside the bf16 that a GPU computes with; else bf16 rounded stochastically
@@ -135,12 +135,6 @@ class TrainConfig:
         """The adapters to train, or None."""
         targets = tuple(target.strip() for target in self.lora_targets.split(","))
         return LoRA(self.lora_rank, self.lora_alpha, targets) if self.lora_rank else None
-
-    @property
-    def narrow(self) -> bool:
-        """Whether the weights are not trained and products round them to bfloat16 anyway: on a CPU they are then kept
-        so."""
-        return self.lora_rank > 0 and self.dtype == "bf16"
 
     @property
     def micro_batches(self) -> int:
@@ -248,14 +242,18 @@ def _run(config: TrainConfig, model: Model | None, stop: Callable[[], bool], pro
     _check_inputs(config)
     if model is not None:
         _require_dtype(config, model)
+    elif config.lora is not None and config.out and loading.is_preset(config.init):
+        raise ConfigError("lora_rank", f"adapters belong to a model that can be loaded again; {config.init} is random")
     require_memory(config, model, profile)
     if model is None:
         model = loading.load(
             config.init, ops=_backend(config), seed=config.seed, masters=config.masters and config.lora is None,
-            narrow=config.narrow,
+            narrow=config.dtype == "bf16" and _adapters(config) is not None,
         )  # fmt: skip
     if config.lora is not None and model.adapters is None:
         lora.attach(model, config.lora, config.seed)
+    if config.lora is not None and config.lora != model.adapters.lora:
+        raise ConfigError("lora_rank", f"{config.init} has adapters already: {model.adapters.lora}; leave it out")
     B, T = config.batch_size, config.sequence_length
     if samples := _sample_length(config):  # recordings hold on to the workspace they were made with
         model.ops.reserve(**model.config.workspace(1, max(B * T, sampling.longest(model.config, samples))))
@@ -427,7 +425,7 @@ def require_memory(config: TrainConfig, model: Model | None = None, profile: boo
         dtype = ops.info()["storage"]
     else:
         ops, shape, dtype = model.ops, model.config, model.dtype
-        masters = config.lora is not None or model.weights is not model.params
+        masters = _adapters(config) is not None or model.weights is not model.params
         held = model.nbytes + sum(ops.workspace_nbytes(**shape.workspace(1, 1)).values())
 
     def make(B: int, recompute: str) -> memory.Plan:
@@ -441,18 +439,24 @@ def require_memory(config: TrainConfig, model: Model | None = None, profile: boo
 def _plan(
     config: TrainConfig, shape: Config, ops: contract.Ops, dtype: str, profile: bool, masters: bool
 ) -> memory.Plan:
-    B, T = config.batch_size, config.sequence_length
+    B, T, adapters = config.batch_size, config.sequence_length, _adapters(config)
     if config.train_data:
         batch, order = Shards.nbytes(config.train_data, B, T, shuffle=config.shuffle)
     else:
         batch, order = Stories.nbytes(B, T)
     return memory.plan(
-        shape, ops, B, T, dtype=dtype, masters=masters, recompute=config.recompute, lora=config.lora,
-        narrow=config.narrow and dtype == "float32",
+        shape, ops, B, T, dtype=dtype, masters=masters, recompute=config.recompute, lora=adapters,
+        # Products round what is not trained to bfloat16 anyway: on a CPU it is then kept so.
+        narrow=adapters is not None and config.dtype == "bf16" and dtype == "float32",
         sample_length=_sample_length(config),
         data=2 * batch + order,  # one batch is still held while the next is read
         profile=profiling.memory_nbytes(ops) if profile else 0,
     )  # fmt: skip
+
+
+def _adapters(config: TrainConfig) -> LoRA | None:
+    """Those that a run trains: new ones, or those of a folder that it goes on from."""
+    return config.lora or loading.read_adapters(config.init)
 
 
 def _sample_length(config: TrainConfig) -> int:

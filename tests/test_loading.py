@@ -109,7 +109,7 @@ def test_tokenizers_by_vocabulary() -> None:
 def test_tokenizers_are_loaded_when_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once, and not before: reading GPT-2's vocabulary would be a good part of a short start."""
     loaded: list[str] = []
-    monkeypatch.setattr(tokenizer, "load", lambda name: loaded.append(name) or tokenizer.ByteTokenizer())
+    monkeypatch.setattr(tokenizer, "load", lambda name, **_: loaded.append(name) or tokenizer.ByteTokenizer())
     loading.save_bin(load("tiny"), tmp_path / "model.bin")
     loading.save(load("tiny"), tmp_path / "folder", "gpt2")
     config = json.loads((tmp_path / "folder" / "config.json").read_text())
@@ -513,7 +513,7 @@ def test_save_cannot_write(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_that_cannot_be_fetched_is_no_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(name: str) -> None:
+    def fail(name: str, **_: object) -> None:
         raise DownloadError("no network")
 
     monkeypatch.setattr(tokenizer, "load", fail)

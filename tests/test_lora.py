@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -12,9 +15,10 @@ import reference
 from guard import Array
 from judge import norm_ratio
 
-from llmc import gpt2, llama, lora
+from llmc import convert, gpt2, llama, loading, lora, training
+from llmc import ops as _ops
 from llmc.adamw import AdamW
-from llmc.errors import ConfigError
+from llmc.errors import ConfigError, FileFormatError
 from llmc.lora import LoRA
 from llmc.model import Model
 
@@ -215,3 +219,90 @@ def test_what_cannot_be(cpu: ModuleType) -> None:
     adapters = lora.attach(narrow, LoRA(2))
     with pytest.raises(ConfigError, match="float32"):
         adapters.merge(narrow)
+
+
+# ---- folders ---------------------------------------------------------------------------------------
+
+
+def folder_of(kind: str, path: Path) -> Path:
+    """A model in a Hugging Face folder, with a tokenizer of bytes in it."""
+    config = CONFIGS[kind]
+    model = replace(config, vocab_size=257).build(_ops.load("cpu"))
+    model.initialise(4)
+    loading.save(model, path, "bytes")
+    return path
+
+
+def run(path: Path, base: Path, **options: Any) -> list[float]:
+    settings = {
+        "init": str(base), "out": str(path), "steps": 30, "batch_size": 2, "sequence_length": 16, "lr": 1e-2,
+        "val_every": 0, "sample_every": 0, "lora_rank": 3, **options,
+    }  # fmt: skip
+    events = training.train(training.TrainConfig(**settings))
+    return [event.loss for event in events if isinstance(event, training.Step)]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_run_leaves_a_folder_that_peft_reads(cpu: ModuleType, tmp_path: Path, kind: str, dtype: str) -> None:
+    """And that llmc goes on from, samples from, and merges; the model it belongs to stays as it was."""
+    peft, torch = pytest.importorskip("peft"), judge.torch
+    base, out, merged = folder_of(kind, tmp_path / "base"), tmp_path / "adapters", tmp_path / "merged"
+    before = (base / "model.safetensors").read_bytes()
+    losses = run(out, base, dtype=dtype)
+    assert losses[-1] < losses[0]
+    assert (base / "model.safetensors").read_bytes() == before
+    assert not (out / "model.safetensors").exists() and not (out / "config.json").exists()
+    model = loading.load(out, dtype="fp32")
+    x, _ = batch()
+    right = model.logits(x)
+    wrapped = peft.AutoPeftModelForCausalLM.from_pretrained(str(out)).double().eval()
+    with torch.no_grad():
+        theirs = wrapped(torch.from_numpy(x).long(), use_cache=False).logits.numpy()
+    assert np.abs(right - theirs).max() < 1e-5 * np.abs(theirs).max()
+    assert model.tokenizer.name == "bytes" and loading.read_config(out) == model.config
+    again = run(tmp_path / "more", out, lora_rank=0, dtype=dtype)
+    assert again[0] < losses[0]
+    convert.convert(out, merged)
+    whole = loading.load(merged)
+    assert whole.adapters is None and whole.tokenizer.name == "bytes"
+    assert np.abs(whole.logits(x) - right).max() < 1e-5 * np.abs(right).max()
+
+
+def test_folders_that_are_refused(cpu: ModuleType, tmp_path: Path) -> None:
+    """By the name of the file and the field."""
+    base, out = folder_of("llama", tmp_path / "base"), tmp_path / "adapters"
+    run(out, base, steps=1)
+    good = json.loads((out / "adapter_config.json").read_text())
+    for field, value in (
+        ("peft_type", "IA3"), ("use_dora", True), ("rank_pattern", {"q_proj": 2}), ("modules_to_save", ["lm_head"]),
+        ("r", 0), ("lora_alpha", None), ("target_modules", ".*q_proj"), ("base_model_name_or_path", None),
+    ):  # fmt: skip
+        (out / "adapter_config.json").write_text(json.dumps({**good, field: value}))
+        with pytest.raises(FileFormatError, match=rf"adapter_config.json: {field}"):
+            loading.load(out)
+    (out / "adapter_config.json").write_text(json.dumps({**good, "target_modules": ["q_proj"]}))
+    with pytest.raises(FileFormatError, match="adapter_model.safetensors: .* is not a tensor of this model"):
+        loading.load(out)
+    (out / "adapter_config.json").write_text(json.dumps(good))
+    with pytest.raises(ConfigError, match=r"lora_rank: .*adapters already"):
+        run(tmp_path / "other", out, lora_rank=5)
+    with pytest.raises(ConfigError, match=r"lora_rank: .*random"):
+        run(tmp_path / "other", Path("llama-tiny"))
+
+
+def test_a_run_with_adapters_allocates_what_was_told(cpu: ModuleType, tmp_path: Path) -> None:
+    """What the plan says of parameters, adapters and their moments is what there is."""
+    base = folder_of("llama", tmp_path / "base")
+    for dtype in ("fp32", "bf16"):
+        config = training.TrainConfig(init=str(base), lora_rank=3, batch_size=2, sequence_length=16, dtype=dtype)
+        parts = {part.name: part.nbytes for part in training.memory_plan(config).parts}
+        model = loading.load(base, dtype=dtype, narrow=dtype == "bf16")
+        adapters = lora.attach(model, LoRA(3))
+        model.prepare(2, 16)
+        assert adapters.grads is not None and model.acts is not None
+        assert parts["frozen parameters"] == model.params.nbytes
+        assert parts["adapters"] == parts["gradients"] == parts["AdamW m"] == adapters.params.nbytes
+        own = sum(parts[name] for name in ("adapters", "gradients", "adapters' activations"))
+        assert own == adapters.nbytes
+    loading.load(base, dtype="fp32")
