@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from llmc import data, loading, machine, ops
+from llmc import data, gpt2, loading, machine, ops
 from llmc.adamw import AdamW
 from llmc.arena import Array
 from llmc.cases import LEARNING_RATE, RECIPE, Case, cases
@@ -206,6 +206,8 @@ def _cpu_kernels(settings: Settings, progress: Progress) -> list[KernelRow]:
 
 def _wanted(backend: Any, settings: Settings, config: Config, dtype: str, progress: Progress) -> Iterator[Case]:
     """The cases of all shapes, if the name fits."""
+    if not isinstance(config, gpt2.Config):
+        raise ConfigError("init", f"the ops' shapes are a GPT-2's, and {settings.init!r} is none; d12 has all ops")
     backend.reserve(**config.workspace(max(settings.batch_sizes), max(settings.sequence_lengths)))
     for B, T in itertools.product(settings.batch_sizes, settings.sequence_lengths):
         for case in cases(backend, config, B, T, dtype):

@@ -353,6 +353,11 @@ OPTIONAL = {
     "torch": "llmc reference, tests",
     "transformers": "tests",
     "tiktoken": "the gpt2 tokenizer",
+    "tokenizers": "tokenizer.json",
+    "sentencepiece": "tokenizer.model",
+    "jinja2": "chat templates",
+    "pyarrow": "parquet files",
+    "datasets": "datasets of the hub",
     "matplotlib": "llmc bench --plot",
 }
 

@@ -289,7 +289,7 @@ def save(
         name = own.name
         if name not in TOKENIZERS.values():
             name = TOKENIZER_FILE
-            tokenizers.write_tokenizer_file(os.path.join(folder, name), own.tokens(), own.eot)
+            tokenizers.write_tokenizer_file(os.path.join(folder, name), cast(Any, own).tokens(), own.eot)
         ids = {"bos_token_id": own.eot, "eos_token_id": own.eot, **ids, hfconfig.TOKENIZER_FIELD: name}
     safetensors_folder.write(folder, model.params, V, dtype=dtype, max_shard_bytes=max_shard_bytes)
     if model.folder:

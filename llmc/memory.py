@@ -52,17 +52,18 @@ def plan(
     there are `masters`, and activations as `recompute` says.
 
     `sample_length` is the number of tokens per sample, 0 for a run that takes none; `data` the bytes of batches
-    and of their order, `profile` those of a profile.  With `lora` adapters are trained in place of the parameters, whose
-    matrices are bfloat16 if `narrow`.  ConfigError as by `Config.activation_rows` and for adapters that the model
+    and of their order, `profile` those of a profile.  With `lora` adapters are trained in place of the parameters,
+    whose matrices are bfloat16 if `narrow`.  ConfigError as by `Config.activation_rows` and for adapters that the model
     cannot have.
     """
     weights = config.parameter_rows(dtype)
-    frozen, scratch_of_adapters, trained = [], 0, weights
+    frozen: list[Part] = []
+    scratch_of_adapters, trained = 0, weights
     if lora is not None:
         parts = adapters.parts_of(weights, lora, dtype)
         trained = adapters.rows_of(parts)
-        kept = narrowed(weights) if narrow else weights
-        frozen = [Part("frozen parameters", table_nbytes(kept), "in bf16" if narrow or dtype == "bfloat16" else "")]
+        held = table_nbytes(narrowed(weights) if narrow else weights)
+        frozen = [Part("frozen parameters", held, "in bf16" if narrow or dtype == "bfloat16" else "")]
         scratch_of_adapters = table_nbytes(adapters.scratch_rows(weights, parts, B * T, dtype))
     parameters = table_nbytes(trained)
     full = table_nbytes(adamw.moment_rows(trained))

@@ -13,9 +13,9 @@ Conventions, said once:
   `size`, `nbytes`, `x[i]` and slices, `reshape`, `view`, `x[...] = values` to write and `np.asarray(x)` to read.
 * Activations, weights and their gradients are of one type, `info()["storage"]`: float32, or bfloat16 on a GPU with
   dtype "bf16".  Statistics (mean, rstd, lse, losses) and AdamW's moments are float32, scalars on the device float64.
-* What is not trained has no gradient: `dw`, and with it `db`, may be None.  On a CPU matrices that are not trained may be
-  bfloat16 (`w` of linear layers and of the head, `wte` and `wpe`): they are read once, where they lie, and each of their
-  numbers counts as what it is; all else stays as said above.
+* What is not trained has no gradient: `dw`, and with it `db`, may be None.  On a CPU matrices that are not trained may
+  be bfloat16 (`w` of linear layers and of the head, `wte` and `wpe`): they are read once, where they lie, and each of
+  their numbers counts as what it is; all else stays as said above.
 * Arguments come in the order outputs, inputs, saved statistics, parameters, scalars.  `d<x>` is the
   gradient of the loss with respect to `x`.
 * Every array is writable and C-contiguous.  Sizes come from the arrays.  A size may be 0.
@@ -72,8 +72,8 @@ class Ops(Protocol):
         """x = 0, for an array of any shape of float32 or the storage type."""
 
     def copy(self, out: Array, x: Array) -> None:
-        """out = x, rounded to nearest where out's type is the narrower; float32 or bfloat16 (on a GPU the storage type),
-        any shape."""
+        """out = x, rounded to nearest where out's type is the narrower; any shape, float32 or bfloat16 (on a GPU the
+        storage type)."""
 
     def reserve(
         self, channels: int, vocab_size: int, parameters: int, tokens: int, heads: int, head_size: int
@@ -181,9 +181,9 @@ class Ops(Protocol):
         """
 
     def rmsnorm_forward(self, out: Array, rstd: Array, x: Array, w: Array, eps: float, offset: float) -> None:
-        """out = x * rstd * (offset + w) along the last axis, rstd = 1 / sqrt(mean of x^2 + eps) (Zhang & Sennrich 2019).
+        """out = x * rstd * (offset + w) along the last axis, rstd = 1 / sqrt(mean of x^2 + eps).
 
-        out, x (B,T,C); rstd (B,T); w (C,).  Gemma's weights are meant with offset 1, Llama's with 0.
+        Zhang & Sennrich 2019.  out, x (B,T,C); rstd (B,T); w (C,).  Gemma's weights are meant with offset 1, Llama's with 0.
         """
 
     def rmsnorm_backward(
@@ -273,7 +273,7 @@ class Ops(Protocol):
         """out = x + branch.  out may be either.  The gradient of both is dout itself: there is no backward."""
 
     def swiglu_forward(self, out: Array, x: Array) -> None:
-        """out = silu(gate) * up, silu(x) = x / (1 + exp(-x)) (Shazeer 2020).  x (B,T,2F): gate, then up; out (B,T,F)."""
+        """out = silu(gate) * up, silu(x) = x / (1 + exp(-x)) (Shazeer 2020).  out (B,T,F); x (B,T,2F): gate, then up."""
 
     def swiglu_backward(self, dx: Array, dout: Array, x: Array) -> None:
         """Gradient of `swiglu_forward`.  dx, x (B,T,2F); dout (B,T,F).  dx may be x."""

@@ -232,6 +232,8 @@ def run(
         raise ConfigError("out", f"{target} is the source itself; choose another folder or name")
     model = loading.load(init, seed=seed, ops=ops)
     config = model.config
+    if not isinstance(config, Config):
+        raise ConfigError("init", f"{os.fspath(init)!r} is no GPT-2, which is all that this reference computes")
     if T > config.max_seq_len:
         raise ConfigError("sequence length", f"{T} exceeds the model's {config.max_seq_len}")
     if perturbed:

@@ -18,13 +18,13 @@ import reference
 from llmc import checkpoint, data, loading, torch_reference, verify
 from llmc.arena import Array
 from llmc.errors import ConfigError, FileFormatError, MissingDependencyError
-from llmc.gpt2 import GPT2, PRESETS, Config, parameter_rows
+from llmc.gpt2 import GPT2, PRESETS, Config
 from llmc.torch_reference import Written, perturb, run
 from llmc.verify import Check, Recipe, Report, print_report
 
 torch = pytest.importorskip("torch")
 
-TENSORS = tuple(row.name for row in parameter_rows(PRESETS["tiny"]))
+TENSORS = tuple(row.name for row in PRESETS["tiny"].parameter_rows())
 SMALL: dict[str, Any] = {"B": 2, "T": 16, "ops": reference}
 LIMIT = verify.LIMITS["fp32"].gradient
 # With these, ten updates show what the usual recipe hides: decay and its rows, beta2, eps.
@@ -115,7 +115,7 @@ def test_a_folder_is_a_model_too(made: Written, tmp_path: Path) -> None:
 
 def damage(written: Written, tensor: str, change: Any) -> None:
     """Let `change` replace one gradient of the debug state."""
-    rows = parameter_rows(PRESETS["tiny"])
+    rows = PRESETS["tiny"].parameter_rows()
     state = checkpoint.read_debug_state(written.debug_state, rows, 257)
     gradients = [(row, change(array) if row.name == tensor else array) for row, array in state.gradients()]
     checkpoint.write_debug_state(
@@ -465,7 +465,7 @@ def test_tokens_come_from_a_file(tmp_path: Path) -> None:
     ids = np.arange(100) % 257
     data.write_shard(tmp_path / "tokens.bin", ids, vocab_size=257)
     written = run("tiny", tmp_path, steps=1, tokens=tmp_path / "tokens.bin", **SMALL)
-    state = checkpoint.read_debug_state(written.debug_state, parameter_rows(PRESETS["tiny"]), 257)
+    state = checkpoint.read_debug_state(written.debug_state, PRESETS["tiny"].parameter_rows(), 257)
     np.testing.assert_array_equal(state.x.reshape(-1), ids[:32])
     np.testing.assert_array_equal(state.y.reshape(-1), ids[1:33])
 
