@@ -283,7 +283,7 @@ def save(
             safetensors_folder.copy_text_files(model.folder, folder)
         return
     ids = dict(model.ids)
-    own = model.tokenizer if tokenizer_name is None else tokenizers.load(tokenizer_name)
+    own = tokenizers.load(tokenizer_name) if tokenizer_name else model.tokenizer
     V = model.config.vocab_size
     if own is not None and (own.name in TOKENIZERS.values() or hasattr(own, "tokens")):
         name = own.name

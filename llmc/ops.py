@@ -183,7 +183,8 @@ class Ops(Protocol):
     def rmsnorm_forward(self, out: Array, rstd: Array, x: Array, w: Array, eps: float, offset: float) -> None:
         """out = x * rstd * (offset + w) along the last axis, rstd = 1 / sqrt(mean of x^2 + eps).
 
-        Zhang & Sennrich 2019.  out, x (B,T,C); rstd (B,T); w (C,).  Gemma's weights are meant with offset 1, Llama's with 0.
+        Zhang & Sennrich 2019.  out, x (B,T,C); rstd (B,T); w (C,).  Gemma's weights are meant with offset 1, Llama's
+        with 0.
         """
 
     def rmsnorm_backward(
@@ -273,7 +274,10 @@ class Ops(Protocol):
         """out = x + branch.  out may be either.  The gradient of both is dout itself: there is no backward."""
 
     def swiglu_forward(self, out: Array, x: Array) -> None:
-        """out = silu(gate) * up, silu(x) = x / (1 + exp(-x)) (Shazeer 2020).  out (B,T,F); x (B,T,2F): gate, then up."""
+        """out = silu(gate) * up, silu(x) = x / (1 + exp(-x)) (Shazeer 2020).
+
+        out (B,T,F); x (B,T,2F): gate, then up.
+        """
 
     def swiglu_backward(self, dx: Array, dout: Array, x: Array) -> None:
         """Gradient of `swiglu_forward`.  dx, x (B,T,2F); dout (B,T,F).  dx may be x."""

@@ -25,7 +25,9 @@ BACKENDS = (*(f"cpu-{isa}" for isa in ISAS), "cuda")
 
 # What the op tests may need of the workspace: the widest row, the largest vocabulary and tensor in them, the most
 # tokens of a call, the most heads.
-WORKSPACE = {"channels": 4096, "vocab_size": 8192, "parameters": 1 << 21, "tokens": 1 << 14, "heads": 64, "head_size": 256}
+WORKSPACE = {
+    "channels": 4096, "vocab_size": 8192, "parameters": 1 << 21, "tokens": 1 << 14, "heads": 64, "head_size": 256,
+}  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -291,7 +291,7 @@ def test_a_long_chat_says_what_it_forgets(
 ) -> None:
     monkeypatch.setitem(loading.PRESETS, "stories", Config(200, 257, 1, 1, 8))
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{'a' * 30}\n{'b' * 30}\n{'c' * 100}\n"))
-    status, out, err = run("chat -e stories -n 9 --temperature 0 --length 90", capsys)
+    status, _, err = run("chat -e stories -n 9 --temperature 0 --length 90", capsys)
     forgotten, error = err.splitlines()
     assert status == 1 and forgotten == "llmc: the conversation is too long: its oldest turn was forgotten"
     assert error.startswith("llmc: error: message: with 118 tokens it does not fit into a conversation of 90")

@@ -225,7 +225,7 @@ def norm_eps(out: Array, mean: Array, rstd: Array, x: Array, w: Array, b: Array,
     reference.layernorm_forward(out, mean, rstd, x, w, b, eps / 10)
 
 
-def attention_one_ahead(out: Array, lse: Array, qkv: Array) -> None:
+def attention_one_ahead(out: Array, lse: Array, qkv: Array, scale: float, window: int, softcap: float) -> None:
     """The causal mask off by one: each token sees the next one too."""
     B, T, C = out.shape
     H = lse.shape[1]
@@ -237,15 +237,17 @@ def attention_one_ahead(out: Array, lse: Array, qkv: Array) -> None:
     out[...] = np.einsum("bhts,bshc->bthc", weights, v).reshape(B, T, C)
 
 
-def no_position(out: Array, tokens: Array, wte: Array, wpe: Array, V: int, position: int) -> None:
+def no_position(
+    out: Array, tokens: Array, positions: Array, wte: Array, wpe: Array, V: int, scale: float
+) -> None:
     out[...] = wte[tokens]
 
 
 def padded_softmax(
-    losses: Array, dx: Array, dw: Array, x: Array, w: Array, targets: Array, V: int, scale: float,
+    losses: Array, dx: Array, dw: Array, x: Array, w: Array, targets: Array, V: int, scale: float, softcap: float,
     accumulate: bool,
 ) -> None:
-    reference.head_loss(losses, dx, dw, x, w, targets, w.shape[0], scale, accumulate)
+    reference.head_loss(losses, dx, dw, x, w, targets, w.shape[0], scale, softcap, accumulate)
 
 
 def nothing(*_: object) -> None:

@@ -392,8 +392,7 @@ ALWAYS_INLINE void dot_body(const int m, const int narrow, float *out, ptrdiff_t
             for (int i = 0; i < m; i++) acc[i][0] = v_fma(load_upto(x + i * ldx + k, K - k), wv, acc[i][0]);
         }
 #pragma GCC unroll 4
-        for (int i = 0; i < m; i++)
-            out[i * ldo + j] = v_sum(v_add(acc[i][0], acc[i][1])) + (bias ? bias[j] : 0.0f);
+        for (int i = 0; i < m; i++) out[i * ldo + j] = v_sum(v_add(acc[i][0], acc[i][1])) + (bias ? bias[j] : 0.0f);
     }
 }
 
