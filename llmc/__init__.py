@@ -24,6 +24,8 @@ _HOMES = {
     "Validation": "training",
     "Sample": "training",
     "generate": "sampling",
+    "Sampling": "choice",
+    "Chat": "chat",
     "LlmcError": "errors",
 }
 __all__ = ["__version__", *_HOMES]

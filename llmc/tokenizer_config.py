@@ -7,11 +7,12 @@ not as it should be is a FileFormatError naming the file and the field.
 
 from __future__ import annotations
 
-import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llmc import files
 from llmc.errors import FileFormatError
 
 TOKENIZER_JSON = "tokenizer.json"
@@ -86,17 +87,7 @@ def read(folder: Path) -> TokenizerConfig:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, {} where there is no such file."""
-    try:
-        found = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        raise FileFormatError(path, "file", f"cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise FileFormatError(path, "JSON", f"{error}") from None
-    if not isinstance(found, dict):
-        raise FileFormatError(path, "JSON", f"is a {type(found).__name__}, not an object")
-    return found
+    return files.read_json(str(path)) if os.path.lexists(path) else {}
 
 
 def _names(config: dict[str, Any], path: Path) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import struct
 from collections.abc import Iterable, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from llmc._tokenizer.builtin import GPT2_EOT, GPT2_VOCAB_SIZE
 from llmc._tokenizer.ids import Special, checked
 from llmc.errors import ConfigError, FileFormatError
+from llmc.files import atomic_write
 
 TOKENIZER_MAGIC = 20240328
 HEADER_BYTES = 1024  # 256 int32
@@ -119,26 +119,5 @@ def write_tokenizer_file(
             raise ConfigError("tokens", f"token {i} has {len(token)} bytes; a tokenizer file holds 1 to 255")
         body.append(len(token))
         body += token
-    _replace(Path(path), bytes(body))
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Put `data` at `path` whole or not at all."""
-    path = Path(os.path.realpath(path))  # a link stays a link, its target is replaced
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the new name is on disk only when its folder is
-        finally:
-            os.close(folder)
-    except OSError as error:
-        raise ConfigError("out", f"cannot write {path}: {error.strerror}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    with atomic_write(path) as file:
+        file.write(body)
