@@ -20,6 +20,7 @@ _HOMES = {
     "save": "loading",
     "train": "training",
     "TrainConfig": "training",
+    "Started": "training",
     "Step": "training",
     "Validation": "training",
     "Sample": "training",

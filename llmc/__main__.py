@@ -103,7 +103,7 @@ TRAIN_OPTIONS = (
 )
 
 TRAIN_HELP = """\
-Train a GPT-2.  With no options at all it trains a small one on stories that the package writes itself,
+Train a model.  With no options at all it trains a small one on stories that the package writes itself,
 in two to four minutes on two cores, and leaves it in runs/stories.
 
 Options come from the command line, else from --config, else from the defaults in brackets.  The embedded
@@ -390,7 +390,8 @@ def _train(args: argparse.Namespace) -> int:
         return _dry_run(config, args.profile)
 
     with display.Display(config, sys.stdout) as shown, _Interrupt() as interrupt:
-        if config.out and os.path.exists(os.path.join(config.out, "model.safetensors")):
+        held = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+        if config.out and any(os.path.exists(os.path.join(config.out, name)) for name in held):
             shown.line(f"{config.out} holds a model already, which this run's will replace when it ends\n")
         for event in training.train(config, stop=interrupt.requested, profile=args.profile):
             shown.show(event)
@@ -429,6 +430,10 @@ def _sample(args: argparse.Namespace) -> int:
     bos = [tokenizer.special.bos] if tokenizer.add_bos else []
     ids = [[*bos, *tokenizer.encode(prompt)] for prompt in prompts]
     settings = replace(settings, stop_ids=tokenizer.special.eos)
+    window = model.config.max_seq_len
+    for tokens in ids:
+        if len(tokens) > window:
+            print(f"llmc: of {len(tokens)} tokens of a prompt the model sees the last {window}", file=sys.stderr)
     speed = sampling.Speed()
     pieces = sampling.write(model, ids, settings, tokenizer, speed=speed)
     display.write_stream(sys.stdout, display.in_order(prompts, pieces))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from llmc import checkpoint, files, hfconfig, loading, safetensors_folder
+from llmc import checkpoint, files, hfconfig, loading, peft, safetensors_folder
 from llmc.errors import ConfigError
 from llmc.files import PathLike
 from llmc.ops import Ops
 
-KEEPS_OUT = (hfconfig.CONFIG_FILE, safetensors_folder.WEIGHTS_FILE, safetensors_folder.INDEX_FILE)
+KEEPS_OUT = (hfconfig.CONFIG_FILE, safetensors_folder.WEIGHTS_FILE, safetensors_folder.INDEX_FILE, peft.CONFIG_FILE)
 
 
 def convert(

@@ -69,7 +69,7 @@ def load(
         return model
     path = locate(name)
     if path.is_dir() and peft.is_adapter(path):
-        wanted, base = peft.read_config(path)
+        wanted, base = _read_adapters(path)
         model = load(base, masters=False, narrow=narrow, ops=backend)
         peft.read(path, lora.attach(model, wanted))
     else:
@@ -112,7 +112,7 @@ def read_config(source: PathLike) -> Config:
         return preset(name)
     path = locate(name, weights=False)
     if path.is_dir() and peft.is_adapter(path):
-        return read_config(peft.read_config(path)[1])
+        return read_config(_read_adapters(path)[1])
     if path.is_dir():
         return hfconfig.read(path)[0]
     return config_of(_read_header(path))
@@ -121,17 +121,29 @@ def read_config(source: PathLike) -> Config:
 def read_adapters(source: PathLike) -> lora.LoRA | None:
     """The numbers of the adapters that `load` would attach, or None."""
     path = Path(source).expanduser()
-    return peft.read_config(path)[0] if os.fspath(source) and path.is_dir() and peft.is_adapter(path) else None
+    return _read_adapters(path)[0] if os.fspath(source) and path.is_dir() and peft.is_adapter(path) else None
+
+
+def _read_adapters(folder: Path) -> tuple[lora.LoRA, str]:
+    """Adapters' numbers and the model they belong to, which has none itself."""
+    wanted, base = peft.read_config(folder)
+    if os.path.isabs(base) and not os.path.exists(base):
+        detail = f"{base} does not exist: it is the model that the adapters belong to; write there where it is now"
+        raise FileFormatError(folder / peft.CONFIG_FILE, "base_model_name_or_path", detail)
+    if peft.is_adapter(Path(base).expanduser()):
+        detail = f"{base} holds adapters, not a model"
+        raise FileFormatError(folder / peft.CONFIG_FILE, "base_model_name_or_path", detail)
+    return wanted, base
 
 
 def text_folder(source: PathLike) -> Path | None:
-    """The local folder that a model's tokenizer and chat template lie in, or None: of adapters without a tokenizer
-    it is that of the model they belong to."""
+    """The local folder that a model's tokenizer and chat template lie in, or None; of adapters that of the model they
+    belong to."""
     if is_preset(os.fspath(source)):
         return None
     path = locate(os.fspath(source))
-    if path.is_dir() and peft.is_adapter(path) and not _has_tokenizer(path):
-        return text_folder(peft.read_config(path)[1])
+    if path.is_dir() and peft.is_adapter(path):
+        return text_folder(_read_adapters(path)[1])
     return path if path.is_dir() else None
 
 
@@ -215,7 +227,8 @@ def require_tokenizer(model: Model) -> tokenizers.Tokenizer:
         name = model.folder if model.folder and _has_tokenizer(Path(model.folder)) else None
         name = name or TOKENIZERS.get(model.config.vocab_size)
         if name is None:
-            raise ConfigError("tokenizer", f"none is known for a vocabulary of {model.config.vocab_size}")
+            where = f"{model.folder} has none, and " if model.folder else ""
+            raise ConfigError("tokenizer", f"{where}none is known for a vocabulary of {model.config.vocab_size}")
         model.tokenizer = tokenizers.load(name, vocab_size=model.config.vocab_size)
     return cast(tokenizers.Tokenizer, model.tokenizer)
 
@@ -225,9 +238,19 @@ def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in names)
 
 
+def _is_gpt2(folder: Path) -> bool:
+    """Whether a folder's tokenizer.json has GPT-2's vocabulary, by some of its entries."""
+    if not (folder / tokenizer_config.TOKENIZER_JSON).is_file():
+        return False
+    model = files.read_json(str(folder / tokenizer_config.TOKENIZER_JSON)).get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    known = {"\u0120the": 262, "\u0120language": 3303, "\u0120gazed": 50255, "<|endoftext|>": 50256}
+    return isinstance(vocabulary, dict) and all(vocabulary.get(token) == i for token, i in known.items())
+
+
 def _tokenizer_in(folder: Path, name: str | None, config: Config) -> str | None:
     """A folder's tokenizer as `tokenizer.load` takes it: what llmc has noted there, a name or a file of this folder and
-    no other; else the folder, where it has one.  GPT-2's needs no package beyond those that are always there."""
+    no other; else the folder, where it has one.  GPT-2's own needs no package beyond those that are always there."""
     V = config.vocab_size
     if name and name not in TOKENIZERS.values():
         if os.path.basename(name) != name or not (folder / name).is_file():
@@ -241,9 +264,9 @@ def _tokenizer_in(folder: Path, name: str | None, config: Config) -> str | None:
     if size > V:
         detail = f"{name!r} has {size} entries, the model {V}"
         raise FileFormatError(folder / hfconfig.CONFIG_FILE, hfconfig.TOKENIZER_FIELD, detail)
-    if name_or_file or (isinstance(config, gpt2.Config) and V in TOKENIZERS):
-        return name_or_file or TOKENIZERS[V]
-    return str(folder) if _has_tokenizer(folder) else TOKENIZERS.get(V)
+    if name_or_file is None and _has_tokenizer(folder) and not _is_gpt2(folder):
+        return str(folder)
+    return name_or_file or TOKENIZERS.get(V)
 
 
 def _promise_tokenizer(model: Model, name: str | None) -> None:
@@ -271,8 +294,9 @@ def save(
 
     `tokenizer_name` ("bytes", "gpt2" or a tokenizer .bin, which is copied along) is what `load` will
     give the model; by default the model's own.  What else belongs to the text of a model that came from a folder
-    (tokenizer, chat template, ids) goes along.  Each file is replaced whole or not at all; the weights come first, so a
-    folder with a config.json is complete.  ConfigError where it cannot be written.
+    (tokenizer, chat template, ids) goes along, and adapters that the folder held before go.  Each file is replaced
+    whole or not at all; the weights come first, so a folder with a config.json is complete.  ConfigError where it
+    cannot be written.
     """
     files.make_folder(folder)
     if model.adapters is not None:
@@ -295,6 +319,9 @@ def save(
     if model.folder:
         safetensors_folder.copy_text_files(model.folder, folder)
     hfconfig.write(folder, model.config, ids, dtype=dtype)
+    peft.remove(folder)
+    if dtype == "fp32":
+        model.source = str(Path(folder).absolute())
 
 
 def save_bin(model: Model, path: PathLike, version: int = 3) -> None:

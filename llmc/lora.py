@@ -149,7 +149,7 @@ class Adapters:
         """Allocate what training on batches of so many tokens needs."""
         if self.grads is None:
             self.grads = Arena(self.table, self.ops.empty)
-        self._room(tokens)
+        self.grow(tokens)
 
     @property
     def nbytes(self) -> int:
@@ -158,11 +158,17 @@ class Adapters:
         arenas = (self.params, copies, self.grads, self._scratch)
         return sum(arena.nbytes for arena in arenas if arena is not None)
 
+    def grow(self, tokens: int) -> bool:
+        """Make room for so many tokens; whether what was there is gone, and with it what recordings write to."""
+        if tokens <= self._tokens:
+            return False
+        had, self._scratch, self._tokens = self._scratch is not None, None, tokens  # freed before its successor is made
+        self._scratch = Arena(scratch_rows(self._matrices, self.parts, tokens, self.dtype), self.ops.empty)
+        return had
+
     def _room(self, tokens: int) -> Arena:
         if self._scratch is None or tokens > self._tokens:
-            self._scratch, self._tokens = None, tokens  # freed before its successor is made
-            rows = scratch_rows(self._matrices, self.parts, tokens, self.dtype)
-            self._scratch = Arena(rows, self.ops.empty)
+            raise RuntimeError(f"adapters have room for {self._tokens} tokens, not for {tokens}: call grow() first")
         return self._scratch
 
     def of(self, w: Array) -> tuple[int, list[Part]]:
@@ -194,7 +200,7 @@ class Adapters:
                 scaled[...] = self.lora.scale * self.ops.fetch(b)()[None]
                 self.ops.lora_backward_input(w.reshape(1, *w.shape), scaled, a)
         model.ops, model.frozen = self.ops, False
-        model.adapters = None
+        model.adapters, model.source = None, ""  # which no longer names these weights
         model.refresh()
 
 
@@ -207,6 +213,8 @@ def attach(model: Model, lora: LoRA, seed: int = 0, masters: bool = True) -> Ada
     adapters.initialise(seed)
     model.frozen, model.grads = True, None
     model.adapters = adapters
+    if model.acts is not None:
+        adapters.grow(model.losses.size)
     model.ops = cast(Ops, Adapted(model.ops, adapters))
     return adapters
 

@@ -64,7 +64,8 @@ def plan(
         trained = adapters.rows_of(parts)
         held = table_nbytes(narrowed(weights) if narrow else weights)
         frozen = [Part("frozen parameters", held, "in bf16" if narrow or dtype == "bfloat16" else "")]
-        scratch_of_adapters = table_nbytes(adapters.scratch_rows(weights, parts, B * T, dtype))
+        most = max(B * T, sampling.longest(config, sample_length) if sample_length else 1)
+        scratch_of_adapters = table_nbytes(adapters.scratch_rows(weights, parts, most, dtype))
     parameters = table_nbytes(trained)
     full = table_nbytes(adamw.moment_rows(trained))
     kept_twice = masters and dtype == "bfloat16"

@@ -325,7 +325,14 @@ class Model:
             self.ops.reserve(**self.config.workspace(B, T))
             self.acts = Arena(rows, self.ops.empty)
             self._constants(self.acts)
+            self._grow_adapters(B * T)
         return self.acts
+
+    def _grow_adapters(self, tokens: int) -> None:
+        """Room for a call of so many tokens; recordings hold on to what was there before."""
+        if self.adapters is not None and self.adapters.grow(tokens):
+            self._replays.clear()
+            self._step = None
 
     def _constants(self, arena: Arena) -> None:
         """Fill what never changes of activations or of a cache."""
@@ -506,6 +513,7 @@ class Model:
             self._scratch = self._step = None  # freed before its successor is made
             self.ops.reserve(**self.config.workspace(B, T))
             self._scratch = Arena(self.config.decode_rows(B, T, self.dtype), self.ops.empty)
+            self._grow_adapters(B * T)
         s = self._scratch
         s.tokens[...] = tokens
         s.positions[...] = positions

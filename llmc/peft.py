@@ -11,18 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from llmc import files, gpt2, safetensors_folder
-from llmc.errors import FileFormatError
+from llmc.errors import ConfigError, FileFormatError
 from llmc.files import PathLike
 from llmc.lora import ALL, Adapters, LoRA
 from llmc.model import Model
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+MODEL = "config.json"  # of a folder with a model
 EVERYTHING = "all-linear"  # PEFT's word for every matrix of the layers
 
 # Fields that change the mathematics, with what llmc computes; PEFT's files leave many of them out.
 FIXED: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",), "bias": ("none", None), "use_rslora": (False, None), "use_dora": (False, None),
     "lora_bias": (False, None),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", None),  # others change the base's weights, too
 }  # fmt: skip
 # Fields that must be empty: each gives some modules adapters of another kind, or trains more than adapters.
 EMPTY = (
@@ -65,6 +67,22 @@ def read_config(folder: PathLike) -> tuple[LoRA, str]:
     return LoRA(rank, float(alpha), tuple(targets)), base
 
 
+def check_place(folder: PathLike) -> None:
+    """ConfigError where adapters cannot be written because a model lies there: they would hide it."""
+    if os.path.lexists(os.path.join(folder, MODEL)) and not is_adapter(Path(folder)):
+        raise ConfigError("out", f"{os.fspath(folder)} holds a model: adapters need a folder of their own")
+
+
+def remove(folder: PathLike) -> None:
+    """Remove adapters, which would hide a model that was written to their folder."""
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        path = Path(folder, name)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise files.cannot_write(path, error.strerror or str(error)) from error
+
+
 def read(folder: PathLike, adapters: Adapters) -> None:
     """Fill `adapters`; FileFormatError, before anything is written, for tensors that are missing or too many."""
     safetensors_folder.read_file(os.path.join(folder, WEIGHTS_FILE), adapters.params)
@@ -72,9 +90,10 @@ def read(folder: PathLike, adapters: Adapters) -> None:
 
 
 def write(folder: PathLike, model: Model, base: str) -> None:
-    """Write the adapters of `model` in fp32, created if need be; `base` is what it was loaded from.  The weights come
-    first, so that a folder with an adapter_config.json is complete."""
+    """Write the adapters of `model` in fp32 to `folder`, created if need be; `base` is what it was loaded from.  The
+    weights come first, so that a folder with an adapter_config.json is complete.  ConfigError as by `check_place`."""
     adapters: Adapters = model.adapters
+    check_place(folder)
     lora = adapters.lora
     targets = list(lora.targets)
     if ALL in targets:

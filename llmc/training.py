@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-from llmc import evaluation, loading, lora, memory, profiling, recipes, sampling, schedule
+from llmc import evaluation, loading, lora, memory, peft, profiling, recipes, sampling, schedule
 from llmc import ops as contract
 from llmc.adamw import AdamW
 from llmc.arena import Array
@@ -112,6 +112,9 @@ class TrainConfig:
         if self.lora_rank and not self.masters:
             raise ConfigError("masters", "0 is for training the weights; adapters have masters: set it to 1")
         self.lora  # noqa: B018  checked before anything is loaded
+        for name in ("lora_alpha", "lora_targets"):
+            if not self.lora_rank and getattr(self, name) != getattr(TrainConfig, name):
+                raise ConfigError(name, "means nothing without adapters: give lora_rank")
         if self.val_data and not self.train_data:
             raise ConfigError("val_data", "is given without train_data")
 
@@ -240,15 +243,20 @@ def train(
 
 def _run(config: TrainConfig, model: Model | None, stop: Callable[[], bool], profile: bool) -> Iterator[Event]:
     _check_inputs(config)
+    adapters = _adapters(config, model)
     if model is not None:
         _require_dtype(config, model)
-    elif config.lora is not None and config.out and loading.is_preset(config.init):
-        raise ConfigError("lora_rank", f"adapters belong to a model that can be loaded again; {config.init} is random")
+        if model.frozen and adapters is None:
+            raise ConfigError("lora_rank", "the model's matrices are kept in bfloat16: train adapters, or load it anew")
+    if adapters is not None and config.out:
+        if loading.is_preset(config.init) if model is None else not model.source:
+            raise ConfigError("lora_rank", "adapters belong to a model that can be loaded again; this one is random")
+        peft.check_place(config.out)
     require_memory(config, model, profile)
     if model is None:
         model = loading.load(
-            config.init, ops=_backend(config), seed=config.seed, masters=config.masters and config.lora is None,
-            narrow=config.dtype == "bf16" and _adapters(config) is not None,
+            config.init, ops=_backend(config), seed=config.seed, masters=config.masters and adapters is None,
+            narrow=config.dtype == "bf16" and adapters is not None,
         )  # fmt: skip
     if config.lora is not None and model.adapters is None:
         lora.attach(model, config.lora, config.seed)
@@ -256,11 +264,19 @@ def _run(config: TrainConfig, model: Model | None, stop: Callable[[], bool], pro
         raise ConfigError("lora_rank", f"{config.init} has adapters already: {model.adapters.lora}; leave it out")
     B, T = config.batch_size, config.sequence_length
     if samples := _sample_length(config):  # recordings hold on to the workspace they were made with
-        model.ops.reserve(**model.config.workspace(1, max(B * T, sampling.longest(model.config, samples))))
+        longest = max(B * T, sampling.longest(model.config, samples))
+        model.ops.reserve(**model.config.workspace(1, longest))
+        sampling.end_of_text(model)  # a tokenizer that cannot be had, or has none, is told before the first update
+        if model.adapters is not None:
+            model.adapters.grow(longest)
+    elif config.out and model.folder:
+        model.tokenizer  # noqa: B018  so is one that is damaged: it would be in the way when the model is saved
     model.prepare(B, T, config.recompute)
     data, held_out = _open_data(config, model)
     steps = _steps(config, data)
     trained = model if model.adapters is None else model.adapters
+    if trained is model:
+        model.source = ""  # these are other weights from the first update on
     assert trained.grads is not None and model.acts is not None
     profiled = Profiled(model.ops, steps) if profile else None
     ops = model.ops if profiled is None else cast(Ops, profiled)
@@ -409,7 +425,7 @@ def memory_plan(config: TrainConfig, profile: bool = False) -> memory.Plan:
     """
     _check_inputs(config)
     ops = _backend(config)
-    return _plan(config, loading.read_config(config.init), ops, ops.info()["storage"], profile, config.masters)
+    return _plan(config, loading.read_config(config.init), ops, ops.info()["storage"], profile, None)
 
 
 def memory_of(config: TrainConfig) -> memory.Machine:
@@ -421,41 +437,45 @@ def require_memory(config: TrainConfig, model: Model | None = None, profile: boo
     """ConfigError, saying what would fit, where this machine has less memory available than `train` will take with
     the same arguments."""
     if model is None:
-        ops, shape, held, masters = _backend(config), loading.read_config(config.init), 0, config.masters
+        ops, shape, held = _backend(config), loading.read_config(config.init), 0
         dtype = ops.info()["storage"]
     else:
         ops, shape, dtype = model.ops, model.config, model.dtype
-        masters = _adapters(config) is not None or model.weights is not model.params
         held = model.nbytes + sum(ops.workspace_nbytes(**shape.workspace(1, 1)).values())
 
     def make(B: int, recompute: str) -> memory.Plan:
         smaller = replace(config, batch_size=B, recompute=recompute, total_batch=0)
-        return _plan(smaller, shape, ops, dtype, profile, masters)
+        return _plan(smaller, shape, ops, dtype, profile, model)
 
     sequences = config.total_batch // config.sequence_length
     memory.require(make, config.batch_size, config.recompute, memory.device(ops), sequences=sequences, held=held)
 
 
 def _plan(
-    config: TrainConfig, shape: Config, ops: contract.Ops, dtype: str, profile: bool, masters: bool
+    config: TrainConfig, shape: Config, ops: contract.Ops, dtype: str, profile: bool, model: Model | None
 ) -> memory.Plan:
-    B, T, adapters = config.batch_size, config.sequence_length, _adapters(config)
+    B, T, adapters = config.batch_size, config.sequence_length, _adapters(config, model)
+    if model is None:  # products round what is not trained to bfloat16 anyway: on a CPU it is then kept so
+        narrow, masters = adapters is not None and config.dtype == "bf16", config.masters
+    else:
+        narrow, masters = model.params.wte.dtype.name == "bfloat16", model.weights is not model.params
     if config.train_data:
         batch, order = Shards.nbytes(config.train_data, B, T, shuffle=config.shuffle)
     else:
         batch, order = Stories.nbytes(B, T)
     return memory.plan(
-        shape, ops, B, T, dtype=dtype, masters=masters, recompute=config.recompute, lora=adapters,
-        # Products round what is not trained to bfloat16 anyway: on a CPU it is then kept so.
-        narrow=adapters is not None and config.dtype == "bf16" and dtype == "float32",
+        shape, ops, B, T, dtype=dtype, masters=masters or adapters is not None, recompute=config.recompute,
+        lora=adapters, narrow=narrow and adapters is not None and dtype == "float32",
         sample_length=_sample_length(config),
         data=2 * batch + order,  # one batch is still held while the next is read
         profile=profiling.memory_nbytes(ops) if profile else 0,
     )  # fmt: skip
 
 
-def _adapters(config: TrainConfig) -> LoRA | None:
-    """Those that a run trains: new ones, or those of a folder that it goes on from."""
+def _adapters(config: TrainConfig, model: Model | None) -> LoRA | None:
+    """Those that a run trains: new ones, or those that its model has, or brings with it."""
+    if model is not None:
+        return config.lora if model.adapters is None else model.adapters.lora
     return config.lora or loading.read_adapters(config.init)
 
 

@@ -284,6 +284,11 @@ def test_folders_that_are_refused(cpu: ModuleType, tmp_path: Path) -> None:
     (out / "adapter_config.json").write_text(json.dumps({**good, "target_modules": ["q_proj"]}))
     with pytest.raises(FileFormatError, match="adapter_model.safetensors: .* is not a tensor of this model"):
         loading.load(out)
+    (out / "adapter_config.json").write_text(json.dumps({**good, "base_model_name_or_path": str(tmp_path / "gone")}))
+    with pytest.raises(FileFormatError, match="base_model_name_or_path: .*gone does not exist"):
+        loading.load(out)
+    with pytest.raises(ConfigError, match="lora_targets: means nothing without adapters"):
+        training.TrainConfig(lora_targets="q_proj")
     (out / "adapter_config.json").write_text(json.dumps(good))
     with pytest.raises(ConfigError, match=r"lora_rank: .*adapters already"):
         run(tmp_path / "other", out, lora_rank=5)
@@ -295,7 +300,9 @@ def test_a_run_with_adapters_allocates_what_was_told(cpu: ModuleType, tmp_path: 
     """What the plan says of parameters, adapters and their moments is what there is."""
     base = folder_of("llama", tmp_path / "base")
     for dtype in ("fp32", "bf16"):
-        config = training.TrainConfig(init=str(base), lora_rank=3, batch_size=2, sequence_length=16, dtype=dtype)
+        config = training.TrainConfig(
+            init=str(base), lora_rank=3, batch_size=2, sequence_length=16, dtype=dtype, sample_every=0
+        )
         parts = {part.name: part.nbytes for part in training.memory_plan(config).parts}
         model = loading.load(base, dtype=dtype, narrow=dtype == "bf16")
         adapters = lora.attach(model, LoRA(3))
@@ -306,3 +313,93 @@ def test_a_run_with_adapters_allocates_what_was_told(cpu: ModuleType, tmp_path: 
         own = sum(parts[name] for name in ("adapters", "gradients", "adapters' activations"))
         assert own == adapters.nbytes
     loading.load(base, dtype="fp32")
+
+
+def test_a_model_and_adapters_do_not_hide_each_other(cpu: ModuleType, tmp_path: Path) -> None:
+    """Adapters are not written where a model lies; a model that is written where adapters lay replaces them."""
+    base, out = folder_of("llama", tmp_path / "base"), tmp_path / "adapters"
+    with pytest.raises(ConfigError, match=r"out: .*base holds a model: adapters need a folder of their own"):
+        run(base, base, steps=1)
+    assert loading.load(base).adapters is None
+    run(out, base, steps=1)
+    with pytest.raises(ConfigError, match="adapter_config.json exists"):
+        convert.convert(out, out)
+    convert.convert(out, out, force=True)
+    assert loading.load(out).adapters is None and not (out / "adapter_model.safetensors").exists()
+    good = tmp_path / "good"
+    run(good, base, steps=1)
+    fields = json.loads((good / "adapter_config.json").read_text())
+    nested = tmp_path / "nested"
+    nested.mkdir()
+    (nested / "adapter_config.json").write_text(json.dumps({**fields, "base_model_name_or_path": str(good)}))
+    for use in (loading.load, loading.read_config, loading.text_folder):
+        with pytest.raises(FileFormatError, match="base_model_name_or_path: .*good holds adapters, not a model"):
+            use(nested)
+
+
+def test_what_could_not_be_saved_is_told_before_the_first_update(cpu: ModuleType, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"batch_size": 1, "sequence_length": 8, "steps": 2, "val_every": 0, "sample_every": 0}
+
+    def first(model: Model, **options: Any) -> None:
+        next(training.train(training.TrainConfig(**settings, **options), model))
+
+    with pytest.raises(ConfigError, match=r"lora_rank: .*random"):
+        first(loading.load("llama-tiny"), lora_rank=2, out=str(tmp_path / "out"))
+    with pytest.raises(ConfigError, match=r"lora_rank: .*bfloat16"):
+        first(loading.load("llama-tiny", narrow=True))
+    base, out = folder_of("llama", tmp_path / "base"), tmp_path / "adapters"
+    run(out, base, steps=1)
+    merged = loading.load(out)
+    merged.adapters.merge(merged)
+    with pytest.raises(ConfigError, match=r"lora_rank: .*random"):  # the base's name is not its name any more
+        first(merged, lora_rank=2, out=str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "llmc_tokenizer": None}))
+    (base / "tokenizer.json").write_text("{}")
+    with pytest.raises(FileFormatError, match=r"tokenizer\.json"):
+        next(training.train(training.TrainConfig(**settings, init=str(base), out=str(tmp_path / "out"))))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_plan_for_a_given_model_is_that_of_its_adapters(cpu: ModuleType, tmp_path: Path) -> None:
+    base, out = folder_of("llama", tmp_path / "base"), tmp_path / "adapters"
+    run(out, base, steps=1)
+    settings: dict[str, Any] = {"batch_size": 1, "sequence_length": 8, "steps": 1, "sample_every": 0}
+    for init, model in ((str(out), None), ("stories", loading.load(out))):
+        config = training.TrainConfig(init=init, **settings)
+        shape = loading.read_config(out)
+        plan = training._plan(config, shape, _ops.load("cpu"), "float32", False, model)
+        assert [part.name for part in plan.parts[:2]] == ["frozen parameters", "adapters"]
+    whole = training._plan(
+        training.TrainConfig(init=str(out), **settings), shape, _ops.load("cpu"), "float32", False, loading.load(base)
+    )
+    assert whole.parts[0].name == "parameters"
+
+
+def test_adapters_grow_and_what_was_recorded_is_forgotten(cpu: ModuleType) -> None:
+    """A long prompt between two batches takes larger scratch: both go on with it."""
+    model = ours("llama", cpu)
+    random(lora.attach(model, LoRA(4, 4.0)))
+    model.prepare(1, 4)
+    x, y = (ids[:1, :4].copy() for ids in batch())
+    before = model.forward(x, y)
+    assert model._replays
+    cache = model.new_cache(1, T)
+    model.decode(cache, batch()[0][:1, :17].copy(), np.zeros(1, np.int32))
+    assert not model._replays
+    assert model.forward(x, y) == before
+
+
+def test_a_gpt2_of_another_tokenizer_keeps_it(cpu: ModuleType, tmp_path: Path) -> None:
+    """The size of its vocabulary does not make it GPT-2's, or bytes."""
+    tokenizers = pytest.importorskip("tokenizers")
+    base = folder_of("gpt2", tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "llmc_tokenizer": None}))
+    assert loading.load(base).tokenizer.name == "bytes"
+    vocabulary = {chr(97 + i): i for i in range(26)}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    made.decoder = tokenizers.decoders.ByteLevel()
+    made.save(str(base / "tokenizer.json"))
+    assert loading.load(base).tokenizer.encode("abz") == [0, 1, 25]

@@ -73,7 +73,8 @@ class HuggingFaceTokenizer:
             return self.special.bos
         found = self._ordinary.token_to_id(END_OF_TEXT) if not self.special.eos else self.special.eos[0]
         if found is None:
-            raise ConfigError("tokenizer", f"{self.name} names no token that ends a text (eos_token)")
+            detail = "names no token that ends a text: eos_token of a tokenizer_config.json beside it"
+            raise ConfigError("tokenizer", f"{self.name} {detail}")
         return int(found)
 
     def encode(self, text: str) -> list[int]:

@@ -54,7 +54,8 @@ class SentencePieceTokenizer:
         if self.add_bos and self.special.bos is not None:
             return self.special.bos
         if not self.special.eos:
-            raise ConfigError("tokenizer", f"{self.name} names no token that ends a text (eos_token)")
+            detail = "names no token that ends a text: eos_token of a tokenizer_config.json beside it"
+            raise ConfigError("tokenizer", f"{self.name} {detail}")
         return self.special.eos[0]
 
     def encode(self, text: str) -> list[int]:
